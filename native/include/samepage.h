@@ -1,0 +1,118 @@
+/*
+ * libsamepage: arenas whose identical pages are stored once on a host.
+ *
+ * An arena is ordinary anonymous memory of this process. Its pages that are equal to pages of
+ * other arenas in the same domain may be mapped, copy-on-write, to one shared page; reads and
+ * writes stay what they always were. Two or three threads of the library (the agent) do the work;
+ * they block all signals and take no lock that the application's threads hold.
+ *
+ * Every function that returns int returns 0 or a positive result on success and -errno on
+ * failure; sp_error() then tells more. All functions may be called from any thread. After fork()
+ * the child has no arenas (the memory is not inherited); its handles answer -ECHILD.
+ */
+#ifndef SAMEPAGE_H
+#define SAMEPAGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+#define SP_PAGE_SIZE 4096
+#define SP_FINGERPRINT_SIZE 16
+#define SP_NAME_MAX 127	 /* bytes of an arena's name */
+#define SP_DOMAIN_MAX 63 /* bytes of a domain's name */
+
+struct sp_node;	 /* a connection to the daemons of this host */
+struct sp_arena; /* an arena of this process */
+
+/* What the kernel offers to this process; bits of sp_probe(). */
+enum sp_feature {
+	SP_FEATURE_USERFAULTFD = 1 << 0, /* arenas can be shared at all */
+	SP_FEATURE_MOVE = 1 << 1,	 /* UFFDIO_MOVE (6.8): writable arenas can be shared */
+	SP_FEATURE_WP_TMPFS = 1 << 2,	 /* write-protect faults on tmpfs (5.19) */
+	SP_FEATURE_REMAP = 1 << 3,	 /* remap events */
+	SP_FEATURE_POISON = 1 << 4,	 /* UFFDIO_POISON (6.6) */
+	SP_FEATURE_PAGEMAP_SCAN = 1 << 5 /* PAGEMAP_SCAN (6.7) */
+};
+
+/* Pages by what one sp_arena_share() did to them. */
+struct sp_share_report {
+	uint64_t merged;      /* newly mapped to a shared page, or to the zero page */
+	uint64_t differs;     /* not equal any more at the compare */
+	uint64_t pinned;      /* pinned for I/O, or shared with a forked child */
+	uint64_t absent;      /* never touched, or discarded */
+	uint64_t busy;	      /* a later call may succeed */
+	uint64_t no_mapping;  /* the limit of mappings is reached (vm.max_map_count) */
+	uint64_t unsupported; /* the kernel lacks what this needs: see sp_probe() */
+	uint64_t unique;      /* no equal page on this host */
+	uint64_t shared;      /* mapped to a shared page now, earlier ones included */
+	uint64_t pages;	      /* all pages of the arena */
+};
+
+/* Pages of an arena now, as the kernel shows them; they sum to `pages`. */
+struct sp_arena_stats {
+	uint64_t pages;
+	uint64_t private_pages;
+	uint64_t shared_pages;
+	uint64_t absent_pages;
+	uint64_t evicted_pages;
+	uint64_t saved_bytes; /* for each shared page 4096 * (1 - 1/sharers); 0 when the merger is
+				 away */
+};
+
+/* Bits of enum sp_feature that this process can use. `dir` is the daemons' socket directory and
+ * may be NULL: then only what the process can open by itself counts. SAMEPAGE_DISABLE in the
+ * environment, a comma-separated list of userfaultfd, move, wp_tmpfs, remap, poison and
+ * pagemap_scan, takes features away. */
+uint32_t sp_probe(const char *dir);
+
+/* What went wrong in this thread's last failed call: a sentence, never NULL. */
+const char *sp_error(void);
+
+/* Connect to the merger (and, in the background, the scanner) in `dir`; NULL means $SAMEPAGE_DIR,
+ * else /run/samepage. -ENOENT or -ECONNREFUSED: no merger there. -EPROTONOSUPPORT: it speaks
+ * another protocol version. -ETIMEDOUT: it did not answer. */
+int sp_connect(const char *dir, struct sp_node **node);
+
+/* End the connection. Arenas that are still open are closed first, as sp_arena_close() does; their
+ * handles stay valid for sp_arena_data(), sp_arena_size() and sp_arena_free(). */
+void sp_disconnect(struct sp_node *node);
+
+/* Make an arena of `size` bytes, rounded up to whole pages, all zero. `domain` NULL means
+ * "default". -EINVAL: size 0 or a bad name or domain. -ENOMEM: more than the address space or
+ * the memory of the machine. -EEXIST: the name is taken in this domain. -ENOTCONN: the merger is
+ * away. -ETIMEDOUT. */
+int sp_arena_create(struct sp_node *node, const char *name, const char *domain, size_t size,
+		    struct sp_arena **arena);
+
+void *sp_arena_data(const struct sp_arena *arena);
+size_t sp_arena_size(const struct sp_arena *arena);
+
+/* Look now for equal pages and merge them; waits until done, at most timeout_ms. -ENOTCONN: the
+ * scanner or merger is away. -ETIMEDOUT: what was begun goes on. -EBADF: the arena is closed. */
+int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_report *report);
+
+int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats);
+
+/* Make every page private again. Needs no daemon. */
+int sp_arena_unshare(struct sp_arena *arena);
+
+/* End the sharing: every page private, the name free. The memory stays valid and keeps its bytes
+ * until sp_arena_free(). Closing twice is fine. */
+int sp_arena_close(struct sp_arena *arena);
+
+/* Close, and unmap the memory. */
+void sp_arena_free(struct sp_arena *arena);
+
+/* Fingerprints of `pages` whole pages at `data`: XXH3-128 with `seed`, canonical byte order, 16
+ * bytes a page into `fingerprints`. */
+void sp_fingerprint(const void *data, size_t pages, uint64_t seed, uint8_t *fingerprints);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,270 @@
+/*
+ * sp_arena_*(): what an application does with an arena.
+ */
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "error.h"
+#include "node.h"
+#include "pagemap.h"
+
+#define DEFAULT_DOMAIN "default"
+#define CREATE_MS 5000
+#define ACCOUNT_MS 1000
+#define STATS_CHUNK 4096 /* pages */
+
+static bool is_name(const char *name)
+{
+	size_t length = strlen(name);
+
+	if (length == 0 || length > SP_NAME_MAX)
+		return false;
+	for (size_t i = 0; i < length; i++)
+		if (name[i] == '/' || (uint8_t)name[i] < 0x20 || name[i] == 0x7f)
+			return false;
+	return true;
+}
+
+static bool is_domain(const char *domain)
+{
+	size_t length = strlen(domain);
+
+	return length > 0 && length <= SP_DOMAIN_MAX &&
+	       strspn(domain, "abcdefghijklmnopqrstuvwxyz0123456789-.") == length &&
+	       !strchr("-.", domain[0]) && !strchr("-.", domain[length - 1]);
+}
+
+static int check(const char *name, const char *domain, size_t size)
+{
+	size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+
+	if (sysconf(_SC_PAGESIZE) != SP_PAGE_SIZE)
+		return sp_fail(-ENOTSUP, "this machine's pages are not of %d bytes", SP_PAGE_SIZE);
+	if (!name || !is_name(name))
+		return sp_fail(-EINVAL, "an arena's name is 1 to %d bytes without '/' or control "
+					"characters",
+			       SP_NAME_MAX);
+	if (!is_domain(domain))
+		return sp_fail(-EINVAL, "a domain's name is 1 to %d characters of a-z, 0-9, '-' and "
+					"'.', and neither begins nor ends with '-' or '.'",
+			       SP_DOMAIN_MAX);
+	if (size == 0)
+		return sp_fail(-EINVAL, "an arena needs a size of at least 1 byte");
+	if (size > memory)
+		return sp_fail(-ENOMEM, "%zu bytes are more than this machine's memory (%zu bytes)",
+			       size, memory);
+	return 0;
+}
+
+/* Anonymous memory that no child inherits. */
+static uint8_t *map_memory(size_t length)
+{
+	uint8_t *data = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	if (data == MAP_FAILED)
+		return NULL;
+	if (madvise(data, length, MADV_DONTFORK) == 0)
+		return data;
+	munmap(data, length);
+	return NULL;
+}
+
+static struct sp_arena *make_arena(struct sp_node *node, const char *name, const char *domain,
+				   size_t pages)
+{
+	struct sp_arena *arena = calloc(1, sizeof(*arena));
+
+	if (!arena)
+		return NULL;
+	arena->data = map_memory(pages * SP_PAGE_SIZE);
+	if (!arena->data || sp_extents_init(&arena->extents, pages)) {
+		if (arena->data)
+			munmap(arena->data, pages * SP_PAGE_SIZE);
+		free(arena);
+		return NULL;
+	}
+	strcpy(arena->name, name);
+	strcpy(arena->domain, domain);
+	arena->node = node;
+	arena->number = atomic_fetch_add(&node->last_arena, 1) + 1;
+	arena->pages = pages;
+	arena->store = -1;
+	atomic_init(&arena->references, 1);
+	atomic_fetch_add(&node->references, 1);
+	return arena;
+}
+
+void sp_arena_put(struct sp_arena *arena)
+{
+	struct sp_node *node = arena->node;
+
+	if (atomic_fetch_sub(&arena->references, 1) != 1)
+		return;
+	if (!atomic_load(&node->forked)) {
+		if (arena->data)
+			munmap(arena->data, arena->pages * SP_PAGE_SIZE);
+		if (arena->store >= 0)
+			close(arena->store);
+	}
+	sp_extents_destroy(&arena->extents);
+	free(arena);
+	sp_node_put(node);
+}
+
+static int usable(const struct sp_arena *arena)
+{
+	if (atomic_load(&arena->node->forked))
+		return sp_fail(-ECHILD, "an arena is not inherited over fork: connect anew in the child");
+	if (atomic_load(&arena->closed))
+		return sp_fail(-EBADF, "the arena is closed");
+	return 0;
+}
+
+static int ask(struct sp_mailbox *mailbox, enum sp_request_kind kind, struct sp_arena *arena,
+	       void *answer, int timeout_ms)
+{
+	struct sp_request request = {.kind = kind, .arena = arena, .answer = answer};
+
+	return sp_mailbox_call(mailbox, &request, timeout_ms);
+}
+
+int sp_arena_create(struct sp_node *node, const char *name, const char *domain, size_t size,
+		    struct sp_arena **out)
+{
+	struct sp_arena *arena;
+	int error;
+
+	if (!domain)
+		domain = DEFAULT_DOMAIN;
+	if (atomic_load(&node->forked))
+		return sp_fail(-ECHILD, "the connection is the parent's: connect anew in the child");
+	if (atomic_load(&node->closed))
+		return sp_fail(-EBADF, "the connection is closed");
+	error = check(name, domain, size);
+	if (error)
+		return error;
+	arena = make_arena(node, name, domain, (size + SP_PAGE_SIZE - 1) / SP_PAGE_SIZE);
+	if (!arena)
+		return sp_fail(-ENOMEM, "the system gives no %zu bytes", size);
+	error = ask(&node->mover.mailbox, SP_REQUEST_ADD, arena, NULL, CREATE_MS);
+	if (error == -ETIMEDOUT) {
+		ask(&node->mover.mailbox, SP_REQUEST_DROP, arena, NULL, -1);
+		sp_fail(error, "the merger did not answer within %d s", CREATE_MS / 1000);
+	}
+	if (error) {
+		sp_arena_put(arena);
+		return error;
+	}
+	ask(&node->reader.mailbox, SP_REQUEST_ADD, arena, NULL, -1);
+	*out = arena;
+	return 0;
+}
+
+void *sp_arena_data(const struct sp_arena *arena)
+{
+	return arena->data;
+}
+
+size_t sp_arena_size(const struct sp_arena *arena)
+{
+	return arena->pages * SP_PAGE_SIZE;
+}
+
+int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_report *report)
+{
+	struct wire_shared shared;
+	int error = usable(arena);
+
+	if (!error)
+		error = ask(&arena->node->reader.mailbox, SP_REQUEST_SHARE, arena, &shared,
+			    timeout_ms);
+	if (error)
+		return error;
+	*report = (struct sp_share_report){.merged = shared.merged,
+					   .differs = shared.differs,
+					   .pinned = shared.pinned,
+					   .absent = shared.absent,
+					   .busy = shared.busy,
+					   .no_mapping = shared.no_mapping,
+					   .unsupported = shared.unsupported,
+					   .unique = shared.unique,
+					   .shared = shared.shared,
+					   .pages = shared.pages};
+	return 0;
+}
+
+static int count_pages(const struct sp_arena *arena, int pagemap, struct sp_arena_stats *stats)
+{
+	uint64_t entries[STATS_CHUNK];
+
+	for (size_t page = 0; page < arena->pages; page += STATS_CHUNK) {
+		size_t n = arena->pages - page < STATS_CHUNK ? arena->pages - page : STATS_CHUNK;
+		int error = sp_pagemap_read(pagemap, arena->data + page * SP_PAGE_SIZE, n, entries);
+
+		if (error)
+			return error;
+		for (size_t i = 0; i < n; i++) {
+			if (sp_pagemap_is_shared(entries[i]))
+				stats->shared_pages++;
+			else if (sp_pagemap_has_page(entries[i]))
+				stats->private_pages++;
+			else
+				stats->absent_pages++;
+		}
+	}
+	return 0;
+}
+
+int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats)
+{
+	struct wire_accounted accounted;
+	int pagemap, error = usable(arena);
+
+	if (error)
+		return error;
+	*stats = (struct sp_arena_stats){.pages = arena->pages};
+	pagemap = sp_pagemap_open();
+	if (pagemap < 0)
+		return sp_fail(pagemap, "cannot open /proc/self/pagemap: %s", strerror(-pagemap));
+	error = count_pages(arena, pagemap, stats);
+	close(pagemap);
+	if (error)
+		return sp_fail(error, "cannot read /proc/self/pagemap: %s", strerror(-error));
+	if (!ask(&arena->node->mover.mailbox, SP_REQUEST_ACCOUNT, arena, &accounted, ACCOUNT_MS))
+		stats->saved_bytes = accounted.saved_bytes;
+	return 0;
+}
+
+int sp_arena_unshare(struct sp_arena *arena)
+{
+	int error = usable(arena);
+
+	return error ? error
+		     : ask(&arena->node->mover.mailbox, SP_REQUEST_UNSHARE, arena, NULL, -1);
+}
+
+/* End the sharing, by `kind`, unless it has ended. */
+static void end(struct sp_arena *arena, enum sp_request_kind kind)
+{
+	if (atomic_load(&arena->node->forked) || atomic_exchange(&arena->closed, true))
+		return;
+	ask(&arena->node->reader.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
+	ask(&arena->node->mover.mailbox, kind, arena, NULL, -1);
+}
+
+int sp_arena_close(struct sp_arena *arena)
+{
+	if (atomic_load(&arena->node->forked))
+		return usable(arena);
+	end(arena, SP_REQUEST_CLOSE);
+	return 0;
+}
+
+void sp_arena_free(struct sp_arena *arena)
+{
+	end(arena, SP_REQUEST_DROP);
+	sp_arena_put(arena);
+}

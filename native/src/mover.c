@@ -1,0 +1,419 @@
+/*
+ * Mover: its loop, the application's requests, the link to the merger.
+ */
+#include "mover.h"
+
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "kernel.h"
+#include "thread.h"
+
+#define RECONNECT_FIRST_MS 50
+#define RECONNECT_MAX_MS 1000
+#define SEND_PATIENCE_MS 1000
+#define MESSAGES_A_TURN 16
+#define MERGER_AWAY "the merger is away; the arena's memory is safe, try again later"
+
+struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number)
+{
+	struct sp_arena *arena = mover->arenas;
+
+	while (arena && arena->number != number)
+		arena = arena->mover_next;
+	return arena;
+}
+
+static void remove_arena(struct sp_mover *mover, struct sp_arena *arena)
+{
+	struct sp_arena **at = &mover->arenas;
+
+	while (*at && *at != arena)
+		at = &(*at)->mover_next;
+	if (!*at)
+		return;
+	*at = arena->mover_next;
+	sp_arena_put(arena);
+}
+
+static int64_t now_ms(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
+}
+
+static void drain_wake(const struct sp_mailbox *mailbox)
+{
+	uint64_t count;
+	ssize_t length = read(mailbox->wake, &count, sizeof(count));
+
+	(void)length;
+}
+
+int sp_mover_send(struct sp_node *node, uint8_t type, uint32_t seq, uint32_t arena,
+		  const struct iovec *parts, size_t n, int descriptor)
+{
+	struct sp_mover *mover = &node->mover;
+	int64_t deadline = now_ms() + SEND_PATIENCE_MS;
+	bool rung = false;
+	int error;
+
+	while ((error = sp_link_send(&mover->link, type, seq, arena, parts, n, descriptor)) ==
+	       -EAGAIN) {
+		struct pollfd polled[] = {{.fd = mover->link.sock, .events = POLLOUT},
+					  {.fd = mover->mailbox.wake, .events = POLLIN}};
+
+		if (now_ms() >= deadline)
+			break;
+		poll(polled, 2, 10);
+		if (polled[1].revents) {
+			drain_wake(&mover->mailbox);
+			rung = true;
+		}
+		sp_mover_serve_faults(node);
+	}
+	if (rung) /* it may have been for a request, which is the main loop's */
+		sp_mailbox_ring(&mover->mailbox);
+	if (error)
+		sp_link_close(&mover->link);
+	return error;
+}
+
+/* The runs that map slots, in the protocol's form, as they are now. Returns their number; *runs is
+ * a mapping of *length bytes, or NULL for none. */
+static size_t copy_extents(const struct sp_extents *extents, struct wire_run **runs, size_t *length)
+{
+	size_t n = 0;
+
+	*runs = NULL;
+	*length = extents->count * sizeof(**runs);
+	if (*length == 0)
+		return 0;
+	*runs = mmap(NULL, *length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	if (*runs == MAP_FAILED)
+		*runs = NULL;
+	for (size_t i = 0; *runs && i < extents->count; i++) {
+		const struct sp_extent *extent = &extents->entries[i];
+
+		if (extent->slot != SP_SLOT_IN_PLACE)
+			(*runs)[n++] = (struct wire_run){.page = extent->page,
+							 .count = extent->count,
+							 .slot = extent->slot};
+	}
+	return n;
+}
+
+static int send_extents(struct sp_node *node, const struct sp_arena *arena, struct wire_run *runs,
+			size_t n)
+{
+	size_t most = (WIRE_MESSAGE_MAX - sizeof(struct wire_header)) / sizeof(*runs);
+	int error = 0;
+
+	while (n > 0 && !error) {
+		size_t some = n < most ? n : most;
+		struct iovec part = {.iov_base = runs, .iov_len = some * sizeof(*runs)};
+
+		error = sp_mover_send(node, WIRE_EXTENTS, 0, arena->number, &part, 1, -1);
+		runs += some;
+		n -= some;
+	}
+	return error;
+}
+
+int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq)
+{
+	struct wire_arena_open open = {.pages = arena->pages, .lock = arena->lock};
+	struct iovec parts[] = {{.iov_base = &open, .iov_len = sizeof(open)},
+				{.iov_base = arena->name, .iov_len = strlen(arena->name)},
+				{.iov_base = arena->domain, .iov_len = strlen(arena->domain)}};
+	struct wire_run *runs;
+	size_t length, n = copy_extents(&arena->extents, &runs, &length);
+	int error;
+
+	open.extents = (uint32_t)n;
+	open.name_bytes = (uint16_t)parts[1].iov_len;
+	open.domain_bytes = (uint16_t)parts[2].iov_len;
+	arena->announced = true; /* from the copy on, changes are noticed */
+	error = sp_mover_send(node, WIRE_ARENA_OPEN, seq, arena->number, parts, 3, arena->store);
+	if (!error)
+		error = send_extents(node, arena, runs, n);
+	if (runs)
+		munmap(runs, length);
+	return error;
+}
+
+static void announce_all(struct sp_node *node)
+{
+	struct sp_mover *mover = &node->mover;
+
+	mover->notice_count = 0;
+	mover->notices_lost = false;
+	for (struct sp_arena *arena = mover->arenas; arena; arena = arena->mover_next)
+		if (sp_mover_announce(node, arena, sp_link_next_seq(&mover->link)))
+			return;
+}
+
+/* The store is not the merger's any more: leave it, and begin anew. */
+static void leave_store(struct sp_node *node, struct sp_arena *arena)
+{
+	sp_mover_restore(node, arena, 0, arena->pages);
+	close(arena->store);
+	arena->store = -1;
+	arena->lock = 0;
+	sp_mover_announce(node, arena, sp_link_next_seq(&node->mover.link));
+}
+
+static int receive_opened(struct sp_node *node, struct sp_message *message)
+{
+	const struct wire_arena_opened *opened = (const struct wire_arena_opened *)message->payload;
+	struct sp_mover *mover = &node->mover;
+	struct sp_arena *arena = sp_mover_find(mover, message->header->arena);
+	struct sp_request *request = sp_mailbox_awaited(&mover->mailbox, message->header->seq);
+
+	if (message->length != sizeof(*opened))
+		return -EPROTO;
+	if (arena && message->descriptors[0] >= 0 && arena->store < 0) {
+		arena->store = message->descriptors[0];
+		message->descriptors[0] = -1;
+	}
+	if (arena)
+		arena->lock = opened->lock_or_seed;
+	if (request)
+		sp_mailbox_done(&mover->mailbox, request, 0, NULL);
+	return 0;
+}
+
+static int receive_refused(struct sp_node *node, const struct sp_message *message)
+{
+	struct sp_mover *mover = &node->mover;
+	struct sp_arena *arena = sp_mover_find(mover, message->header->arena);
+	struct sp_request *request = sp_mailbox_awaited(&mover->mailbox, message->header->seq);
+	char text[SP_REQUEST_TEXT];
+	int error = sp_link_refusal(message, text, sizeof(text));
+
+	if (!mover->link.welcomed)
+		return -ECONNREFUSED;
+	if (request) {
+		if (request->kind == SP_REQUEST_ADD)
+			remove_arena(mover, request->arena);
+		sp_mailbox_done(&mover->mailbox, request, -error, text);
+	} else if (arena && error == ESTALE && arena->store >= 0) {
+		leave_store(node, arena);
+	} else if (arena) {
+		arena->announced = false;
+	}
+	return 0;
+}
+
+static int receive_accounted(struct sp_node *node, const struct sp_message *message)
+{
+	struct sp_mailbox *mailbox = &node->mover.mailbox;
+	struct sp_request *request;
+
+	if (message->length != sizeof(struct wire_accounted))
+		return -EPROTO;
+	request = sp_mailbox_awaited(mailbox, message->header->seq);
+	if (!request)
+		return 0;
+	memcpy(request->answer, message->payload, sizeof(struct wire_accounted));
+	sp_mailbox_done(mailbox, request, 0, NULL);
+	return 0;
+}
+
+static int receive(struct sp_node *node, struct sp_message *message)
+{
+	struct sp_mover *mover = &node->mover;
+	int error;
+
+	switch (message->header->type) {
+	case WIRE_WELCOME:
+		error = sp_link_welcome(&mover->link, message, SP_MERGER_WINDOW);
+		if (!error) {
+			mover->reconnect_ms = RECONNECT_FIRST_MS;
+			announce_all(node);
+		}
+		return error;
+	case WIRE_REFUSED:
+		return receive_refused(node, message);
+	case WIRE_ARENA_OPENED:
+		return receive_opened(node, message);
+	case WIRE_ACCOUNTED:
+		return receive_accounted(node, message);
+	default:
+		return mover->link.welcomed ? sp_mover_order(node, message) : -EPROTO;
+	}
+}
+
+static void receive_some(struct sp_node *node)
+{
+	struct sp_mover *mover = &node->mover;
+
+	for (int i = 0; i < MESSAGES_A_TURN && mover->link.sock >= 0; i++) {
+		struct sp_message message;
+		int result = sp_link_receive(&mover->link, &message);
+
+		if (result == 0)
+			return;
+		if (result > 0) {
+			result = receive(node, &message);
+			sp_message_close(&message);
+			sp_mover_serve_faults(node);
+			sp_mover_send_notices(node);
+		}
+		if (result < 0)
+			sp_link_close(&mover->link);
+	}
+}
+
+/* Requests that end with a message to the merger and wait for its answer. */
+static void ask_merger(struct sp_node *node, struct sp_request *request)
+{
+	struct sp_mover *mover = &node->mover;
+	uint32_t seq = sp_link_next_seq(&mover->link);
+	struct sp_arena *arena = request->arena;
+	int error = -ENOTCONN;
+
+	if (mover->link.welcomed && request->kind == SP_REQUEST_ADD)
+		error = sp_mover_announce(node, arena, seq);
+	else if (mover->link.welcomed)
+		error = sp_mover_send(node, WIRE_ACCOUNT, seq, arena->number, NULL, 0, -1);
+	if (!error)
+		sp_mailbox_await(&mover->mailbox, request, seq);
+	else {
+		if (request->kind == SP_REQUEST_ADD)
+			remove_arena(mover, arena);
+		sp_mailbox_done(&mover->mailbox, request, -ENOTCONN, MERGER_AWAY);
+	}
+}
+
+/* Forget an arena whose pages map no slot any more. */
+static void forget(struct sp_node *node, struct sp_arena *arena)
+{
+	sp_mover_send_notices(node);
+	if (arena->announced)
+		sp_mover_send(node, WIRE_ARENA_CLOSE, 0, arena->number, NULL, 0, -1);
+	remove_arena(&node->mover, arena);
+}
+
+static void drop_memory(struct sp_arena *arena)
+{
+	munmap(arena->data, arena->pages * SP_PAGE_SIZE);
+	arena->data = NULL;
+}
+
+/* Carry out one request; false: it was the last one. */
+static bool carry_out(struct sp_node *node, struct sp_request *request)
+{
+	struct sp_mover *mover = &node->mover;
+	struct sp_arena *arena = request->arena;
+	bool stop = request->kind == SP_REQUEST_STOP;
+
+	switch (request->kind) {
+	case SP_REQUEST_ADD:
+		atomic_fetch_add(&arena->references, 1);
+		arena->mover_next = mover->arenas;
+		mover->arenas = arena;
+		ask_merger(node, request);
+		return true;
+	case SP_REQUEST_ACCOUNT:
+		ask_merger(node, request);
+		return true;
+	case SP_REQUEST_UNSHARE:
+		sp_mover_restore(node, arena, 0, arena->pages);
+		break;
+	case SP_REQUEST_CLOSE:
+		sp_mover_restore(node, arena, 0, arena->pages);
+		forget(node, arena);
+		break;
+	case SP_REQUEST_DROP:
+		drop_memory(arena);
+		forget(node, arena);
+		break;
+	default:
+		while (mover->arenas) {
+			atomic_store(&mover->arenas->closed, true);
+			sp_mover_restore(node, mover->arenas, 0, mover->arenas->pages);
+			forget(node, mover->arenas);
+		}
+	}
+	sp_mailbox_done(&mover->mailbox, request, 0, NULL);
+	return !stop;
+}
+
+static void lose_link(struct sp_mover *mover)
+{
+	for (struct sp_arena *arena = mover->arenas; arena; arena = arena->mover_next)
+		arena->announced = false;
+	mover->notice_count = 0;
+	mover->notices_lost = false;
+	sp_mailbox_fail_awaited(&mover->mailbox, -ENOTCONN, MERGER_AWAY);
+}
+
+/* Connect again when it is time to; returns how long poll() may sleep, ms. */
+static int reconnect(struct sp_node *node, int64_t *next)
+{
+	struct sp_mover *mover = &node->mover;
+	int64_t now = now_ms();
+
+	if (mover->link.sock >= 0) {
+		*next = 0;
+		return -1;
+	}
+	if (*next == 0) {
+		lose_link(mover);
+		*next = now + mover->reconnect_ms;
+	}
+	if (now < *next)
+		return (int)(*next - now);
+	if (mover->reconnect_ms < RECONNECT_MAX_MS)
+		mover->reconnect_ms *= 2;
+	*next = now + mover->reconnect_ms;
+	return sp_link_open(&mover->link, &node->hello) ? mover->reconnect_ms : -1;
+}
+
+static void *run(void *argument)
+{
+	struct sp_node *node = argument;
+	struct sp_mover *mover = &node->mover;
+	int64_t next = 0;
+	bool go_on = true;
+
+	while (go_on) {
+		struct sp_request *request;
+		int timeout = reconnect(node, &next);
+		struct pollfd polled[] = {{.fd = mover->mailbox.wake, .events = POLLIN},
+					  {.fd = mover->link.sock, .events = POLLIN}};
+
+		poll(polled, 2, timeout);
+		drain_wake(&mover->mailbox);
+		sp_mover_serve_faults(node);
+		while (go_on && (request = sp_mailbox_take(&mover->mailbox)))
+			go_on = carry_out(node, request);
+		sp_mover_send_notices(node);
+		if (mover->link.sock >= 0 && polled[1].revents)
+			receive_some(node);
+	}
+	sp_mailbox_close(&mover->mailbox, -EBADF);
+	sp_link_close(&mover->link);
+	return NULL;
+}
+
+int sp_mover_start(struct sp_node *node)
+{
+	node->mover.reconnect_ms = RECONNECT_FIRST_MS;
+	return sp_thread_start(&node->mover.thread, "samepage-move", run, node);
+}
+
+void sp_mover_stop(struct sp_node *node)
+{
+	struct sp_request request = {.kind = SP_REQUEST_STOP};
+
+	sp_mailbox_call(&node->mover.mailbox, &request, -1);
+	pthread_join(node->mover.thread, NULL);
+}

@@ -1,0 +1,55 @@
+/*
+ * The mover thread: the only one that changes what an arena's addresses map.
+ *
+ * THEORY
+ * It serves three parties, in this order: threads that wait on a fault, the application's
+ * requests, the merger's orders. A long order is cut into stretches, and faults are served between
+ * them. The merger's books follow the messages one by one, so their order is the order of the
+ * changes, with one twist: an order's outcomes travel in one DONE at its end. Hence
+ *  - notices of pages restored meanwhile wait until DONE is sent, and
+ *  - an order leaves pages alone (WIRE_BUSY) that were restored since it began.
+ * A connection that breaks, or a notice that does not fit, costs nothing but work: the arenas are
+ * announced anew with what they really map.
+ */
+#ifndef SP_MOVER_H
+#define SP_MOVER_H
+
+#include <sys/uio.h>
+
+#include "node.h"
+
+/* Start the thread on a node whose link is welcomed and whose pager is ready. -errno. */
+int sp_mover_start(struct sp_node *node);
+
+/* Close what is still open, end the thread and wait for its end. */
+void sp_mover_stop(struct sp_node *node);
+
+/* Between the mover's own files. */
+
+/* Serve all queued faults. */
+void sp_mover_serve_faults(struct sp_node *node);
+
+/* Make [page, page + count) of the arena private, serving faults in between. */
+void sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
+
+/* Whether a page of the range was restored since notices were last sent. */
+bool sp_mover_was_restored(const struct sp_mover *mover, uint32_t arena, uint64_t page,
+			   uint64_t count);
+
+/* Send, waiting for room in the socket for a while, with faults served meanwhile. A failure closes
+ * the link; the main loop finds it so. -errno. */
+int sp_mover_send(struct sp_node *node, uint8_t type, uint32_t seq, uint32_t arena,
+		  const struct iovec *parts, size_t n, int descriptor);
+
+/* Tell the merger what was restored. */
+void sp_mover_send_notices(struct sp_node *node);
+
+/* Announce an arena with what it maps. The answer comes with the message of number `seq`. */
+int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq);
+
+/* Carry out an order of the merger. -EPROTO: it is malformed. */
+int sp_mover_order(struct sp_node *node, const struct sp_message *message);
+
+struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number);
+
+#endif

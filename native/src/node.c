@@ -1,0 +1,311 @@
+/*
+ * sp_connect() and what belongs to a connection: start and end of the threads, fork.
+ */
+#include "node.h"
+
+#include <errno.h>
+#include <limits.h>
+#include <poll.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/random.h>
+#include <unistd.h>
+
+#include "error.h"
+#include "mover.h"
+#include "probe.h"
+#include "reader.h"
+
+#define DEFAULT_DIR "/run/samepage"
+#define CONNECT_MS 5000
+#define MAP_COUNT_DEFAULT 65530
+
+static pthread_mutex_t nodes_lock = PTHREAD_MUTEX_INITIALIZER;
+static struct sp_node *nodes;
+static pthread_once_t fork_once = PTHREAD_ONCE_INIT;
+
+static void before_fork(void)
+{
+	pthread_mutex_lock(&nodes_lock);
+}
+
+static void after_fork_in_parent(void)
+{
+	pthread_mutex_unlock(&nodes_lock);
+}
+
+static void close_inherited(int fd)
+{
+	if (fd >= 0)
+		close(fd);
+}
+
+/* The child has neither the threads nor the arenas, but copies of the descriptors: the daemons must
+ * see the parent's end when it ends, so they are closed. */
+static void after_fork_in_child(void)
+{
+	for (struct sp_node *node = nodes; node; node = node->next) {
+		atomic_store(&node->forked, true);
+		close_inherited(node->mover.link.sock);
+		close_inherited(node->mover.link.window_fd);
+		close_inherited(node->reader.link.sock);
+		close_inherited(node->reader.link.window_fd);
+		close_inherited(node->reader.pagemap);
+		if (node->mover.can_share) {
+			close_inherited(node->mover.pager.uffd);
+			close_inherited(node->mover.pager.pagemap);
+		}
+		for (struct sp_arena *arena = node->mover.arenas; arena; arena = arena->mover_next)
+			close_inherited(arena->store);
+	}
+	pthread_mutex_unlock(&nodes_lock);
+}
+
+static void watch_forks(void)
+{
+	pthread_atfork(before_fork, after_fork_in_parent, after_fork_in_child);
+}
+
+static void enlist(struct sp_node *node)
+{
+	pthread_once(&fork_once, watch_forks);
+	pthread_mutex_lock(&nodes_lock);
+	node->next = nodes;
+	nodes = node;
+	pthread_mutex_unlock(&nodes_lock);
+}
+
+static void delist(const struct sp_node *node)
+{
+	struct sp_node **at = &nodes;
+
+	pthread_mutex_lock(&nodes_lock);
+	while (*at && *at != node)
+		at = &(*at)->next;
+	if (*at)
+		*at = node->next;
+	pthread_mutex_unlock(&nodes_lock);
+}
+
+void sp_node_put(struct sp_node *node)
+{
+	if (atomic_fetch_sub(&node->references, 1) != 1)
+		return;
+	sp_mailbox_destroy(&node->mover.mailbox);
+	sp_mailbox_destroy(&node->reader.mailbox);
+	free(node);
+}
+
+static const char *directory(const char *dir)
+{
+	if (!dir || !*dir)
+		dir = getenv("SAMEPAGE_DIR");
+	return dir && *dir ? dir : DEFAULT_DIR;
+}
+
+static int refused(const struct sp_link *link, const struct sp_message *message)
+{
+	char text[SP_REQUEST_TEXT];
+	int error = sp_link_refusal(message, text, sizeof(text));
+
+	return sp_fail(-error, "the merger at %s refuses this process: %s", link->path, text);
+}
+
+/* Wait for WELCOME; the merger's /dev/userfaultfd goes to *device (-1: it has none). */
+static int await_welcome(struct sp_link *link, int *device)
+{
+	struct pollfd polled = {.fd = link->sock, .events = POLLIN};
+	struct sp_message message;
+	int result = poll(&polled, 1, CONNECT_MS);
+
+	if (result == 0)
+		return sp_fail(-ETIMEDOUT, "the merger at %s did not answer within %d s; is it stopped?",
+			       link->path, CONNECT_MS / 1000);
+	result = sp_link_receive(link, &message);
+	if (result <= 0)
+		return sp_fail(result < 0 ? result : -EPROTO,
+			       "what answers at %s is no merger of this version", link->path);
+	if (message.header->type == WIRE_REFUSED) {
+		result = refused(link, &message);
+	} else {
+		result = sp_link_welcome(link, &message, SP_MERGER_WINDOW);
+		*device = message.descriptors[1];
+		message.descriptors[1] = -1;
+		if (result)
+			sp_fail(result, "what answers at %s is no merger of this version", link->path);
+	}
+	sp_message_close(&message);
+	return result;
+}
+
+static int connect_merger(struct sp_link *link, const char *dir, const struct wire_hello *hello,
+			  int *device)
+{
+	int error = sp_link_init(link, dir, "merger.sock");
+
+	if (error)
+		return sp_fail(error, "the socket directory's path is too long: %s", dir);
+	error = sp_link_open(link, hello);
+	if (error)
+		return sp_fail(error,
+			       "no merger answers at %s (%s): start samepage-merger, or set "
+			       "SAMEPAGE_DIR to its socket directory",
+			       link->path, strerror(-error));
+	error = await_welcome(link, device);
+	if (error)
+		sp_link_close(link);
+	return error;
+}
+
+static int make_hello(struct wire_hello *hello)
+{
+	hello->pid = (uint32_t)getpid();
+	if (getrandom(hello->agent, sizeof(hello->agent), 0) != sizeof(hello->agent))
+		return sp_fail(-EIO, "the kernel gave no random bytes");
+	return 0;
+}
+
+uint32_t sp_probe(const char *dir)
+{
+	struct sp_link *link = calloc(1, sizeof(*link));
+	struct wire_hello hello = {0};
+	uint32_t features = 0;
+	int device = -1, uffd;
+
+	if (link && dir && !make_hello(&hello) && !connect_merger(link, dir, &hello, &device))
+		sp_link_close(link);
+	free(link);
+	uffd = sp_probe_open(device, &features);
+	if (uffd >= 0)
+		close(uffd);
+	if (device >= 0)
+		close(device);
+	return features;
+}
+
+static size_t map_count_limit(void)
+{
+	FILE *file = fopen("/proc/sys/vm/max_map_count", "re");
+	size_t limit = MAP_COUNT_DEFAULT;
+
+	if (!file)
+		return limit;
+	if (fscanf(file, "%zu", &limit) != 1)
+		limit = MAP_COUNT_DEFAULT;
+	fclose(file);
+	return limit;
+}
+
+/* Set up what sharing needs. Where the kernel lacks a piece, the node works without sharing. */
+static int prepare_pager(struct sp_node *node, int device)
+{
+	int uffd = sp_probe_open(device, &node->hello.features);
+	int error;
+
+	node->mover.extents_budget = map_count_limit() / 4;
+	if (uffd < 0)
+		return 0;
+	if ((node->hello.features & SP_FEATURES_NEEDED) != SP_FEATURES_NEEDED) {
+		close(uffd);
+		return 0;
+	}
+	error = sp_pager_init(&node->mover.pager, uffd);
+	if (error)
+		return sp_fail(error, "cannot prepare to replace pages: %s", strerror(-error));
+	error = sp_faults_start(&node->faults, uffd, &node->mover.mailbox);
+	if (error) {
+		sp_pager_destroy(&node->mover.pager);
+		return sp_fail(error, "cannot start a thread: %s", strerror(-error));
+	}
+	node->mover.can_share = true;
+	return 0;
+}
+
+static void release_pager(struct sp_node *node)
+{
+	if (!node->mover.can_share)
+		return;
+	sp_faults_stop(&node->faults);
+	sp_pager_destroy(&node->mover.pager);
+	node->mover.can_share = false;
+}
+
+static int start_threads(struct sp_node *node)
+{
+	int error = sp_mover_start(node);
+
+	if (error)
+		return sp_fail(error, "cannot start a thread: %s", strerror(-error));
+	error = sp_reader_start(node);
+	if (error) {
+		sp_mover_stop(node);
+		return sp_fail(error, "cannot start the fingerprinting thread (it needs "
+				      "/proc/self/pagemap): %s",
+			       strerror(-error));
+	}
+	return 0;
+}
+
+static struct sp_node *make_node(void)
+{
+	struct sp_node *node = calloc(1, sizeof(*node));
+
+	if (!node)
+		return NULL;
+	atomic_init(&node->references, 1);
+	node->mover.link.sock = node->mover.link.window_fd = -1;
+	node->reader.link.sock = node->reader.link.window_fd = -1;
+	node->reader.pagemap = -1;
+	if (sp_mailbox_init(&node->mover.mailbox))
+		goto no_mover;
+	if (!sp_mailbox_init(&node->reader.mailbox))
+		return node;
+	sp_mailbox_destroy(&node->mover.mailbox);
+no_mover:
+	free(node);
+	return NULL;
+}
+
+int sp_connect(const char *dir, struct sp_node **out)
+{
+	struct sp_node *node = make_node();
+	int device = -1, error;
+
+	dir = directory(dir);
+	if (!node)
+		return sp_fail(-ENOMEM, "no memory, or no descriptor, is left");
+	error = make_hello(&node->hello);
+	if (!error)
+		error = connect_merger(&node->mover.link, dir, &node->hello, &device);
+	if (!error)
+		error = sp_link_init(&node->reader.link, dir, "scanner.sock");
+	if (!error)
+		error = prepare_pager(node, device);
+	if (device >= 0)
+		close(device);
+	if (!error) {
+		error = start_threads(node);
+		if (error)
+			release_pager(node);
+	}
+	if (error) {
+		sp_link_close(&node->mover.link);
+		sp_node_put(node);
+		return error;
+	}
+	enlist(node);
+	*out = node;
+	return 0;
+}
+
+void sp_disconnect(struct sp_node *node)
+{
+	if (atomic_load(&node->forked) || atomic_exchange(&node->closed, true))
+		return;
+	sp_reader_stop(node);
+	sp_mover_stop(node);
+	delist(node);
+	release_pager(node);
+	sp_node_put(node);
+}

@@ -1,0 +1,105 @@
+/*
+ * What the library's parts know of each other: a node, its arenas, its threads.
+ *
+ * Threads. The application's threads hand requests to two workers and wait for the results; they
+ * never touch what a worker owns.
+ *   mover    owns the pager, the link to the merger and every arena's extents and store; alone
+ *            changes mappings.
+ *   watcher  reads the userfaultfd's events and passes faults to the mover.
+ *   reader   owns the link to the scanner; reads arena memory to fingerprint it. It may sleep on a
+ *            page that the mover holds, so nothing waits for it but requests of its own.
+ * An arena is in the mover's list and in the reader's, and belongs to the application's handle;
+ * each holds a reference. No worker allocates from the heap, whose lock an application's thread
+ * may hold while it waits for a page.
+ */
+#ifndef SP_NODE_H
+#define SP_NODE_H
+
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+
+#include "extents.h"
+#include "faults.h"
+#include "link.h"
+#include "mailbox.h"
+#include "pager.h"
+#include "samepage.h"
+
+#define SP_MERGER_WINDOW ((size_t)WIRE_READ_PAGES_MAX * SP_PAGE_SIZE)
+#define SP_SCANNER_WINDOW ((size_t)WIRE_FINGERPRINT_PAGES_MAX * (SP_FINGERPRINT_SIZE + 1))
+#define SP_NOTICES 2048
+
+struct sp_arena {
+	struct sp_node *node;
+	uint32_t number;
+	char name[SP_NAME_MAX + 1];
+	char domain[SP_DOMAIN_MAX + 1];
+	uint8_t *data;
+	size_t pages;
+	atomic_uint references;
+	atomic_bool closed;
+
+	/* The mover's. */
+	struct sp_arena *mover_next;
+	struct sp_extents extents;
+	int store; /* the domain's store, -1 before the merger answered */
+	uint64_t lock;
+	bool announced;	       /* on the present connection */
+	uint64_t restore_next; /* page after the last one restored for a write */
+	uint32_t restore_run;  /* pages restored then */
+
+	/* The reader's. */
+	struct sp_arena *reader_next;
+	uint64_t seed;
+	bool seeded;
+};
+
+/* A restored range of which the merger is not told yet. */
+struct sp_notice {
+	uint32_t arena;
+	struct wire_range range;
+};
+
+struct sp_mover {
+	pthread_t thread;
+	struct sp_mailbox mailbox;
+	struct sp_link link;
+	struct sp_pager pager;
+	bool can_share; /* the pager works */
+	struct sp_arena *arenas;
+	size_t extents_budget; /* runs an arena: its share of vm.max_map_count */
+	struct sp_notice notices[SP_NOTICES];
+	size_t notice_count;
+	bool notices_lost; /* more than fit: only announcing everything anew helps */
+	int reconnect_ms;  /* pause before the next attempt */
+	uint8_t outcomes[WIRE_REPLACE_PAGES_MAX];
+};
+
+struct sp_reader {
+	pthread_t thread;
+	struct sp_mailbox mailbox;
+	struct sp_link link;
+	int pagemap;
+	struct sp_arena *arenas;
+	int reconnect_ms;
+	uint64_t page_states[WIRE_FINGERPRINT_PAGES_MAX];
+};
+
+struct sp_node {
+	struct wire_hello hello;
+	struct sp_faults faults;
+	struct sp_mover mover;
+	struct sp_reader reader;
+	atomic_uint references; /* the application's handle, and each arena */
+	atomic_uint last_arena;
+	atomic_bool closed;
+	atomic_bool forked; /* this is a child's copy: no threads, no arenas */
+	struct sp_node *next; /* of all nodes, for fork */
+};
+
+/* Drop a reference; the last one frees. */
+void sp_arena_put(struct sp_arena *arena);
+void sp_node_put(struct sp_node *node);
+
+#endif

@@ -1,0 +1,219 @@
+/*
+ * Mover: the merger's orders.
+ */
+#include <errno.h>
+#include <string.h>
+#include <sys/stat.h>
+
+#include "kernel.h"
+#include "mover.h"
+#include "pagemap.h"
+
+static int send_done(struct sp_node *node, const struct sp_message *order, int error,
+		     size_t outcomes)
+{
+	struct wire_done done = {.error = error, .outcomes = (uint32_t)outcomes};
+	struct iovec parts[] = {{.iov_base = &done, .iov_len = sizeof(done)},
+				{.iov_base = node->mover.outcomes, .iov_len = outcomes}};
+
+	return sp_mover_send(node, WIRE_DONE, order->header->seq, order->header->arena, parts, 2, -1);
+}
+
+static bool is_inside(const struct sp_arena *arena, uint64_t page, uint64_t count)
+{
+	return count > 0 && page < arena->pages && count <= arena->pages - page;
+}
+
+/* Read pages [i, end) of an order. pwrite() and not a copy: should the application have unmapped
+ * or protected a page, the call fails, and this thread does not. */
+static void read_stretch(struct sp_mover *mover, const uint8_t *data, size_t i, size_t end)
+{
+	while (i < end) {
+		ssize_t written = pwrite(mover->link.window_fd, data + i * SP_PAGE_SIZE,
+					 (end - i) * SP_PAGE_SIZE, (off_t)(i * SP_PAGE_SIZE));
+		size_t pages = written > 0 ? (size_t)written / SP_PAGE_SIZE : 0;
+
+		memset(mover->outcomes + i, WIRE_MERGED, pages);
+		i += pages;
+		if (pages == 0)
+			mover->outcomes[i++] = WIRE_UNSUPPORTED;
+	}
+}
+
+static void read_pages(struct sp_mover *mover, const uint8_t *data, size_t n)
+{
+	const uint64_t *states = mover->pager.page_states;
+	size_t end;
+
+	for (size_t i = 0; i < n; i = end) {
+		bool there = sp_pagemap_is_there(states[i]);
+
+		for (end = i + 1; end < n && sp_pagemap_is_there(states[end]) == there;)
+			end++;
+		if (there)
+			read_stretch(mover, data, i, end);
+		else
+			memset(mover->outcomes + i, WIRE_ABSENT, end - i);
+	}
+}
+
+static int order_read(struct sp_node *node, struct sp_arena *arena, const struct sp_message *order)
+{
+	const struct wire_range *range = (const struct wire_range *)order->payload;
+	struct sp_mover *mover = &node->mover;
+	int error;
+
+	if (order->length != sizeof(*range) || range->count > WIRE_READ_PAGES_MAX)
+		return -EPROTO;
+	if (!arena)
+		return send_done(node, order, ENOENT, 0);
+	if (!is_inside(arena, range->page, range->count))
+		return -EPROTO;
+	if (!mover->can_share)
+		return send_done(node, order, ENOTSUP, 0);
+	error = sp_pagemap_read(mover->pager.pagemap, arena->data + range->page * SP_PAGE_SIZE,
+				range->count, mover->pager.page_states);
+	if (error)
+		return send_done(node, order, -error, 0);
+	read_pages(mover, arena->data + range->page * SP_PAGE_SIZE, range->count);
+	return send_done(node, order, 0, range->count);
+}
+
+static void record(struct sp_arena *arena, const struct wire_run *run, const uint8_t *outcomes)
+{
+	size_t end;
+
+	for (size_t i = 0; i < run->count; i = end) {
+		for (end = i + 1; end < run->count && outcomes[end] == outcomes[i];)
+			end++;
+		if (outcomes[i] == WIRE_MERGED)
+			sp_extents_insert(&arena->extents, run->page + i, end - i, run->slot + i);
+	}
+}
+
+/* Replace one stretch of at most SP_TAKE_PAGES pages that are private by the extents. */
+static void replace_stretch(struct sp_node *node, struct sp_arena *arena,
+			    const struct wire_run *stretch, uint8_t *outcomes)
+{
+	struct sp_mover *mover = &node->mover;
+	uint8_t *address = arena->data + stretch->page * SP_PAGE_SIZE;
+
+	if (!mover->can_share) {
+		memset(outcomes, WIRE_UNSUPPORTED, stretch->count);
+	} else if (sp_mover_was_restored(mover, arena->number, stretch->page, stretch->count)) {
+		memset(outcomes, WIRE_BUSY, stretch->count);
+	} else if (stretch->slot == WIRE_ZERO_SLOT) {
+		sp_pager_drop_zero(&mover->pager, address, stretch->count, outcomes);
+	} else if (arena->extents.count >= mover->extents_budget) {
+		memset(outcomes, WIRE_NO_MAPPING, stretch->count);
+	} else {
+		sp_pager_replace(&mover->pager, address, stretch->count, arena->store, stretch->slot,
+				 outcomes);
+		record(arena, stretch, outcomes);
+	}
+	sp_mover_serve_faults(node);
+}
+
+static void replace_run(struct sp_node *node, struct sp_arena *arena, const struct wire_run *run,
+			uint8_t *outcomes)
+{
+	uint64_t done = 0;
+
+	while (done < run->count) {
+		uint64_t page = run->page + done, left = run->count - done;
+		size_t i = sp_extents_find(&arena->extents, page);
+		const struct sp_extent *extent = &arena->extents.entries[i];
+		struct wire_run stretch = {.page = page, .count = left, .slot = run->slot};
+
+		if (run->slot != WIRE_ZERO_SLOT)
+			stretch.slot += done;
+		if (i < arena->extents.count && extent->page <= page) {
+			uint64_t mapped = (uint64_t)extent->page + extent->count - page;
+
+			stretch.count = mapped < left ? mapped : left;
+			memset(outcomes + done, WIRE_BUSY, stretch.count);
+		} else {
+			if (i < arena->extents.count && extent->page - page < left)
+				stretch.count = extent->page - page;
+			if (stretch.count > SP_TAKE_PAGES)
+				stretch.count = SP_TAKE_PAGES;
+			replace_stretch(node, arena, &stretch, outcomes + done);
+		}
+		done += stretch.count;
+	}
+}
+
+/* Whether the runs lie in the arena and the store. */
+static bool are_valid(const struct sp_arena *arena, const struct wire_run *runs, size_t n)
+{
+	uint64_t pages = 0, slots;
+	struct stat store;
+
+	if (arena->store < 0 || fstat(arena->store, &store) < 0)
+		return false;
+	slots = (uint64_t)store.st_size / SP_PAGE_SIZE;
+	for (size_t i = 0; i < n; i++) {
+		if (!is_inside(arena, runs[i].page, runs[i].count))
+			return false;
+		if (runs[i].slot != WIRE_ZERO_SLOT &&
+		    (runs[i].slot >= slots || runs[i].count > slots - runs[i].slot))
+			return false;
+		pages += runs[i].count;
+		if (pages > WIRE_REPLACE_PAGES_MAX)
+			return false;
+	}
+	return true;
+}
+
+static int order_replace(struct sp_node *node, struct sp_arena *arena,
+			 const struct sp_message *order)
+{
+	const struct wire_replace *replace = (const struct wire_replace *)order->payload;
+	const struct wire_run *runs = (const struct wire_run *)(replace + 1);
+	uint8_t *outcomes = node->mover.outcomes;
+
+	if (order->length < sizeof(*replace) ||
+	    order->length != sizeof(*replace) + replace->runs * sizeof(*runs))
+		return -EPROTO;
+	if (!arena)
+		return send_done(node, order, ENOENT, 0);
+	if (!are_valid(arena, runs, replace->runs))
+		return -EPROTO;
+	for (size_t i = 0; i < replace->runs; i++) {
+		replace_run(node, arena, &runs[i], outcomes);
+		outcomes += runs[i].count;
+	}
+	return send_done(node, order, 0, (size_t)(outcomes - node->mover.outcomes));
+}
+
+static int order_restore(struct sp_node *node, struct sp_arena *arena,
+			 const struct sp_message *order)
+{
+	const struct wire_range *range = (const struct wire_range *)order->payload;
+
+	if (order->length != sizeof(*range))
+		return -EPROTO;
+	if (!arena)
+		return send_done(node, order, ENOENT, 0);
+	if (!is_inside(arena, range->page, range->count))
+		return -EPROTO;
+	sp_mover_restore(node, arena, range->page, range->count);
+	sp_mover_send_notices(node);
+	return send_done(node, order, 0, 0);
+}
+
+int sp_mover_order(struct sp_node *node, const struct sp_message *message)
+{
+	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
+
+	switch (message->header->type) {
+	case WIRE_READ:
+		return order_read(node, arena, message);
+	case WIRE_REPLACE:
+		return order_replace(node, arena, message);
+	case WIRE_RESTORE:
+		return order_restore(node, arena, message);
+	default:
+		return -EPROTO;
+	}
+}

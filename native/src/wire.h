@@ -1,0 +1,131 @@
+/*
+ * Messages between the agent and the daemons: docs/protocol.md, in C. Little-endian hosts only.
+ */
+#ifndef SP_WIRE_H
+#define SP_WIRE_H
+
+#include <stdint.h>
+
+#include "samepage.h"
+
+#if __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "the agent protocol is little-endian, and so must be the host"
+#endif
+
+#define WIRE_MAGIC 0x5053
+#define WIRE_VERSION 1
+#define WIRE_MESSAGE_MAX 65536
+#define WIRE_FINGERPRINT_PAGES_MAX 16384
+#define WIRE_READ_PAGES_MAX 256
+#define WIRE_REPLACE_PAGES_MAX 4096
+#define WIRE_ZERO_SLOT 0
+
+enum wire_type {
+	WIRE_HELLO = 1,
+	WIRE_WELCOME = 2,
+	WIRE_REFUSED = 3,
+	WIRE_ARENA_OPEN = 4,
+	WIRE_ARENA_OPENED = 5,
+	WIRE_ARENA_CLOSE = 6,
+	WIRE_EXTENTS = 8,
+	WIRE_FINGERPRINT = 16,
+	WIRE_READ = 17,
+	WIRE_REPLACE = 18,
+	WIRE_RESTORE = 19,
+	WIRE_DONE = 20,
+	WIRE_RESTORED = 21,
+	WIRE_SHARE = 32,
+	WIRE_SHARED = 33,
+	WIRE_ACCOUNT = 34,
+	WIRE_ACCOUNTED = 35
+};
+
+enum wire_outcome {
+	WIRE_MERGED = 0,
+	WIRE_DIFFERS = 1,
+	WIRE_PINNED = 2,
+	WIRE_ABSENT = 3,
+	WIRE_BUSY = 4,
+	WIRE_NO_MAPPING = 5,
+	WIRE_UNSUPPORTED = 6
+};
+
+enum wire_page_state {
+	WIRE_PAGE_ABSENT = 0,
+	WIRE_PAGE_PRIVATE = 1,
+	WIRE_PAGE_SHARED = 2,
+	WIRE_PAGE_ZERO = 3
+};
+
+struct wire_header {
+	uint16_t magic;
+	uint8_t version;
+	uint8_t type;
+	uint32_t length;
+	uint32_t seq;
+	uint32_t arena;
+};
+
+struct wire_hello {
+	uint8_t agent[16];
+	uint32_t pid;
+	uint32_t features;
+};
+
+struct wire_welcome {
+	uint64_t window_bytes;
+	uint32_t descriptors; /* bit 0: one follows the window's */
+	uint32_t zero;
+};
+
+struct wire_arena_open { /* name and domain follow */
+	uint64_t pages;
+	uint64_t lock;
+	uint32_t extents;
+	uint16_t name_bytes;
+	uint16_t domain_bytes;
+} __attribute__((packed));
+
+struct wire_arena_opened {
+	uint64_t lock_or_seed;
+};
+
+struct wire_range {
+	uint64_t page;
+	uint64_t count;
+};
+
+struct wire_run {
+	uint64_t page;
+	uint64_t count;
+	uint64_t slot;
+};
+
+struct wire_replace { /* runs follow */
+	uint32_t runs;
+	uint32_t zero;
+};
+
+struct wire_done { /* outcomes follow, a byte each */
+	int32_t error;
+	uint32_t outcomes;
+};
+
+struct wire_shared {
+	uint64_t merged, differs, pinned, absent, busy, no_mapping, unsupported, unique, shared,
+		pages;
+};
+
+struct wire_accounted {
+	uint64_t shared_pages;
+	uint64_t saved_bytes;
+};
+
+_Static_assert(sizeof(struct wire_header) == 16, "header");
+_Static_assert(sizeof(struct wire_hello) == 24, "HELLO");
+_Static_assert(sizeof(struct wire_welcome) == 16, "WELCOME");
+_Static_assert(sizeof(struct wire_arena_open) == 24, "ARENA_OPEN");
+_Static_assert(sizeof(struct wire_run) == 24, "run");
+_Static_assert(sizeof(struct wire_shared) == 80, "SHARED");
+
+#endif

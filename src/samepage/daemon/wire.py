@@ -1,0 +1,189 @@
+"""Messages between agents and daemons, as docs/protocol.md defines them."""
+
+from __future__ import annotations
+
+import enum
+import struct
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+PAGE_SIZE = 4096
+MAGIC = 0x5053
+VERSION = 1
+MESSAGE_MAX = 65_536
+FINGERPRINT_PAGES_MAX = 16_384
+READ_PAGES_MAX = 256
+REPLACE_PAGES_MAX = 4_096
+ZERO_SLOT = 0
+
+HEADER = struct.Struct("<HBBIII")
+HELLO = struct.Struct("<16sII")
+WELCOME = struct.Struct("<QII")
+REFUSED = struct.Struct("<I")
+ARENA_OPEN = struct.Struct("<QQIHH")
+ARENA_OPENED = struct.Struct("<Q")
+PAGE_RANGE = struct.Struct("<QQ")
+REPLACE = struct.Struct("<II")
+DONE = struct.Struct("<iI")
+SHARED = struct.Struct("<10Q")
+ACCOUNTED = struct.Struct("<QQ")
+
+EXTENT = np.dtype([("page", "<u8"), ("count", "<u8"), ("slot", "<u8")])
+RANGE = np.dtype([("page", "<u8"), ("count", "<u8")])
+
+
+class Type(enum.IntEnum):
+    """What a message is."""
+
+    HELLO = 1
+    WELCOME = 2
+    REFUSED = 3
+    ARENA_OPEN = 4
+    ARENA_OPENED = 5
+    ARENA_CLOSE = 6
+    EXTENTS = 8
+    FINGERPRINT = 16
+    READ = 17
+    REPLACE = 18
+    RESTORE = 19
+    DONE = 20
+    RESTORED = 21
+    SHARE = 32
+    SHARED = 33
+    ACCOUNT = 34
+    ACCOUNTED = 35
+
+
+class Outcome(enum.IntEnum):
+    """What became of one page under an order."""
+
+    MERGED = 0
+    DIFFERS = 1
+    PINNED = 2
+    ABSENT = 3
+    BUSY = 4
+    NO_MAPPING = 5
+    UNSUPPORTED = 6
+
+
+class PageState(enum.IntEnum):
+    """What a page was when its fingerprint was made."""
+
+    ABSENT = 0
+    PRIVATE = 1
+    SHARED = 2
+    ZERO = 3
+
+
+class ProtocolError(Exception):
+    """A peer broke the protocol; drop it."""
+
+
+class UnsupportedVersionError(ProtocolError):
+    """A peer speaks a version that this side does not; refuse it with EPROTONOSUPPORT."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One received message; `payload` is what follows the header."""
+
+    type: Type
+    seq: int
+    arena: int
+    payload: bytes
+
+
+def pack(kind: Type, seq: int = 0, arena: int = 0, payload: bytes = b"") -> bytes:
+    """Return the packet of a message."""
+    return HEADER.pack(MAGIC, VERSION, kind, HEADER.size + len(payload), seq, arena) + payload
+
+
+def parse(packet: bytes) -> Message:
+    """Return the message in a packet.
+
+    Raises:
+        UnsupportedVersionError: the peer speaks another version.
+        ProtocolError: it is no message of this protocol.
+    """
+    if len(packet) < HEADER.size:
+        raise ProtocolError(f"a packet of {len(packet)} bytes is shorter than a header")
+    magic, version, kind, length, seq, arena = HEADER.unpack_from(packet)
+    if magic != MAGIC:
+        raise ProtocolError(f"magic 0x{magic:04x} is not samepage's")
+    if version != VERSION:
+        raise UnsupportedVersionError(f"protocol version {version}, this side speaks {VERSION}")
+    if length != len(packet):
+        raise ProtocolError(f"the header says {length} bytes, the packet has {len(packet)}")
+    try:
+        return Message(Type(kind), seq, arena, packet[HEADER.size :])
+    except ValueError as error:
+        raise ProtocolError(f"unknown message type {kind}") from error
+
+
+def unpack(layout: struct.Struct, message: Message) -> tuple[int, ...]:
+    """Return the fields of a payload of exactly one layout.
+
+    Raises:
+        ProtocolError: the payload has another size.
+    """
+    if len(message.payload) != layout.size:
+        raise ProtocolError(f"{message.type.name} with {len(message.payload)} bytes of payload")
+    return layout.unpack(message.payload)
+
+
+def unpack_records(dtype: np.dtype[np.void], message: Message) -> npt.NDArray[np.void]:
+    """Return the records that make up a whole payload.
+
+    Raises:
+        ProtocolError: the payload is no whole number of records.
+    """
+    if len(message.payload) % dtype.itemsize:
+        raise ProtocolError(f"{message.type.name} with {len(message.payload)} bytes of payload")
+    return np.frombuffer(message.payload, dtype)
+
+
+def unpack_outcomes(message: Message) -> tuple[int, npt.NDArray[np.uint8]]:
+    """Return a DONE message's error and outcomes.
+
+    Raises:
+        ProtocolError: the payload does not hold what it says.
+    """
+    if len(message.payload) < DONE.size:
+        raise ProtocolError("DONE is too short")
+    error, count = DONE.unpack_from(message.payload)
+    outcomes = np.frombuffer(message.payload, np.uint8, offset=DONE.size)
+    if outcomes.size != count or (count and int(outcomes.max()) > max(Outcome)):
+        raise ProtocolError("DONE does not hold the outcomes that it says")
+    return error, outcomes
+
+
+def unpack_arena_open(message: Message) -> ArenaOpen:
+    """Return what an ARENA_OPEN asks for; name and domain are checked by the caller.
+
+    Raises:
+        ProtocolError: the payload does not hold what it says, or is not UTF-8.
+    """
+    if len(message.payload) < ARENA_OPEN.size:
+        raise ProtocolError("ARENA_OPEN is too short")
+    pages, lock, extents, name_bytes, domain_bytes = ARENA_OPEN.unpack_from(message.payload)
+    text = message.payload[ARENA_OPEN.size :]
+    if len(text) != name_bytes + domain_bytes:
+        raise ProtocolError("ARENA_OPEN does not hold the names that it says")
+    try:
+        name, domain = text[:name_bytes].decode(), text[name_bytes:].decode()
+    except UnicodeDecodeError as error:
+        raise ProtocolError("ARENA_OPEN with a name that is not UTF-8") from error
+    return ArenaOpen(pages, lock, extents, name, domain)
+
+
+@dataclass(frozen=True, slots=True)
+class ArenaOpen:
+    """The payload of ARENA_OPEN. `pages` in pages; see docs/protocol.md for the rest."""
+
+    pages: int
+    lock: int
+    extents: int
+    name: str
+    domain: str

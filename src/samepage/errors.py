@@ -1,0 +1,65 @@
+"""Every error that samepage raises.
+
+SamepageError
+├── InvalidArgumentError (ValueError)   fix the call
+├── NameTakenError                      choose another name
+├── NotRunningError (ConnectionError)   start the daemons, or point SAMEPAGE_DIR at them
+├── ServiceUnavailableError             a daemon is away: memory is safe, try again later
+├── ShareTimeoutError (TimeoutError)    what was begun goes on; ask again
+├── ProtocolVersionError                upgrade the older side
+├── OutOfMemoryError (MemoryError)      ask for less
+├── UnsupportedKernelError              see `samepage doctor`
+├── ClosedError (ValueError)            the arena or node is closed
+├── ForkedError                         connect anew in the child
+└── NotFoundError (LookupError)         no arena of that name
+"""
+
+from __future__ import annotations
+
+
+class SamepageError(Exception):
+    """Base of all; its text says what to do."""
+
+
+class InvalidArgumentError(SamepageError, ValueError):
+    """A size, name, domain or option is not what it must be: fix the call."""
+
+
+class NameTakenError(SamepageError):
+    """Another arena of this domain on this host has the name: choose another."""
+
+
+class NotRunningError(SamepageError, ConnectionError):
+    """No daemon answers in the socket directory: start it, or set SAMEPAGE_DIR."""
+
+
+class ServiceUnavailableError(SamepageError):
+    """A daemon or service is away. Memory is safe and usable; try again later."""
+
+
+class ShareTimeoutError(SamepageError, TimeoutError):
+    """share() did not finish in time. What was begun goes on; ask again."""
+
+
+class ProtocolVersionError(SamepageError):
+    """Library and daemon speak different protocol versions: upgrade the older one."""
+
+
+class OutOfMemoryError(SamepageError, MemoryError):
+    """More than the machine or the address space has: ask for less."""
+
+
+class UnsupportedKernelError(SamepageError):
+    """The kernel, or this process's rights, lack a feature: see `samepage doctor`."""
+
+
+class ClosedError(SamepageError, ValueError):
+    """The arena or node was closed."""
+
+
+class ForkedError(SamepageError):
+    """Arenas are not inherited over fork: connect anew in the child."""
+
+
+class NotFoundError(SamepageError, LookupError):
+    """There is no arena of that name."""
