@@ -240,7 +240,7 @@ class Peer:
         self._server.handler.connected(self)
 
     def _done(self, message: wire.Message) -> None:
-        order = self._orders.pop(message.seq, None)
+        order = self._orders.get(message.seq)
         if order is None:
             raise wire.ProtocolError(f"DONE to order {message.seq}, which was not given")
         error, outcomes = wire.unpack_outcomes(message)
@@ -248,6 +248,8 @@ class Peer:
             raise wire.ProtocolError(f"{outcomes.size} outcomes instead of {order.outcomes}")
         if error == 0 and order.apply is not None:
             order.apply(outcomes)
+        # Only now: what raised above closes the peer, and that ends the orders still listed.
+        self._orders.pop(message.seq, None)
         if order.future.done():
             return
         if error:

@@ -1,0 +1,196 @@
+"""What the scanner knows: agents, their arenas, and the domains that these belong to.
+
+The books change in the event loop alone. Two things look at them from other threads meanwhile:
+matching, which only reads, and the publisher's collecting, which also marks pages as published.
+`Books.lock` keeps looks at pages and collecting apart; arenas may come and go at any time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from samepage.daemon import secrets
+from samepage.daemon.peers import Outcomes, Peer
+from samepage.daemon.wire import PageState
+from samepage_scanner import fingerprints as fp
+from samepage_scanner.pages import PUBLISHED, Flags, Pages
+
+
+class BooksFullError(Exception):
+    """The books have no room for another arena of this size."""
+
+
+@dataclass(eq=False, slots=True)
+class Agent:
+    """One connected agent.
+
+    Attributes:
+        arenas: by their number within the agent.
+        order: its last order, in flight or done.
+    """
+
+    peer: Peer
+    arenas: dict[int, Arena] = field(default_factory=dict)
+    order: asyncio.Task[Outcomes] | None = None
+
+    @property
+    def silent(self) -> bool:
+        """Whether it still owes the answer to an order."""
+        return self.order is not None and not self.order.done()
+
+
+@dataclass(eq=False, slots=True)
+class Arena:
+    """One arena of one agent.
+
+    Attributes:
+        number: within its agent.
+        passes: how many times all of it was looked at.
+        closed: it is no more.
+        known_to_index: some of its pages may be published.
+    """
+
+    agent: Agent
+    number: int
+    name: str
+    domain: Domain
+    pages: Pages
+    passes: int = 0
+    closed: bool = False
+    known_to_index: bool = False
+
+
+@dataclass(eq=False, slots=True)
+class Domain:
+    """Arenas that may share with each other.
+
+    Attributes:
+        seed: of its fingerprints, 64 bits.
+        identity: the 16 bytes by which the index knows it.
+        arenas: in the order in which they were opened.
+        dirty: matching could find something that it did not find last time.
+        retired: fingerprints that the index knows and that a page of this host lost.
+        buried: closed arenas whose pages the index may know.
+    """
+
+    name: str
+    seed: int
+    identity: bytes
+    arenas: list[Arena] = field(default_factory=list)
+    dirty: bool = False
+    retired: list[fp.Fingerprints] = field(default_factory=list)
+    buried: list[Arena] = field(default_factory=list)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to do for it."""
+        return not (self.arenas or self.retired or self.buried)
+
+    def find(self, name: str) -> list[Arena]:
+        """The arenas of this name. Names are the merger's to keep unique: for a moment, while
+        one arena goes and its successor comes, there may be two."""
+        return [arena for arena in self.arenas if arena.name == name]
+
+
+class Books:
+    """All agents, arenas and domains of this host.
+
+    Args:
+        secret: the cluster's.
+        pages_max: how many pages all arenas together may have.
+    """
+
+    def __init__(self, secret: bytes, pages_max: int) -> None:
+        self._secret = secret
+        self._pages_max = pages_max
+        self.agents: dict[Peer, Agent] = {}
+        self.domains: dict[str, Domain] = {}
+        self.pages = 0
+        self.pages_scanned = 0
+        self.lock = asyncio.Lock()
+
+    def arenas(self) -> Iterator[Arena]:
+        """All open arenas."""
+        for domain in self.domains.values():
+            yield from domain.arenas
+
+    def connect(self, peer: Peer) -> None:
+        """An agent is there."""
+        self.agents[peer] = Agent(peer)
+
+    def disconnect(self, peer: Peer) -> None:
+        """An agent has gone, and its arenas with it."""
+        agent = self.agents.pop(peer)
+        for arena in list(agent.arenas.values()):
+            self.close(arena)
+
+    def open(self, peer: Peer, number: int, name: str, domain_name: str, pages: int) -> Arena:
+        """Note a new arena; name, domain, number and size were checked.
+
+        Raises:
+            BooksFullError: there is no room for it.
+        """
+        if self.pages + pages > self._pages_max:
+            raise BooksFullError
+        try:
+            space = Pages(pages)
+        except MemoryError as error:
+            raise BooksFullError from error
+        domain = self.domains.get(domain_name)
+        if domain is None:
+            domain = Domain(
+                domain_name,
+                secrets.domain_seed(self._secret, domain_name),
+                secrets.domain_id(self._secret, domain_name),
+            )
+            self.domains[domain_name] = domain
+        agent = self.agents[peer]
+        arena = Arena(agent, number, name, domain, space)
+        agent.arenas[number] = arena
+        domain.arenas.append(arena)
+        self.pages += pages
+        return arena
+
+    def close(self, arena: Arena) -> None:
+        """An arena is no more."""
+        arena.closed = True
+        del arena.agent.arenas[arena.number]
+        domain = arena.domain
+        domain.arenas.remove(arena)
+        domain.dirty = True
+        self.pages -= len(arena.pages)
+        if arena.known_to_index:
+            domain.buried.append(arena)
+        elif domain.idle:
+            del self.domains[domain.name]
+
+    def update(self, arena: Arena, first: int, fresh: fp.Fingerprints, states: Flags) -> int:
+        """Note what pages of an arena look like now; call with the lock held.
+
+        Returns:
+            How many were written since the last look.
+        """
+        change = arena.pages.update(first, fresh, states)
+        self.pages_scanned += int(np.count_nonzero(states != PageState.ABSENT))
+        if change.matters:
+            arena.domain.dirty = True
+        if len(change.retired):
+            arena.domain.retired.append(change.retired)
+        return change.written
+
+    def bury(self) -> None:
+        """Let go of closed arenas, but for what the index knows of them; with the lock held."""
+        for domain in list(self.domains.values()):
+            for arena in domain.buried:
+                pages = arena.pages
+                for block in pages.blocks():
+                    published = (pages.flags[block] & PUBLISHED) != 0
+                    if published.any():
+                        domain.retired.append(pages.fingerprints[block][published])
+            domain.buried.clear()
+            if domain.idle:
+                del self.domains[domain.name]

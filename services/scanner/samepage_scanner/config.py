@@ -1,0 +1,108 @@
+"""The scanner's settings."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from samepage.daemon.config import require, setting
+from samepage.daemon.logs import check_level
+from samepage.daemon.server import check_listen
+
+SECTION = "scanner"
+
+_NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one scanner. Raises ConfigError when one makes no sense."""
+
+    node: str = setting(
+        "",
+        "This host's name, unique in the cluster: 1 to 253 of A-Z a-z 0-9 . _ -. "
+        "Empty: the machine's host name.",
+    )
+    dir: Path = setting(
+        Path("/run/samepage"), "Directory of the host's sockets; the merger's as well."
+    )
+    listen: str = setting(
+        "127.0.0.1:0",
+        "Address of the gRPC API, host:port. Port 0 takes any free one. "
+        "The API is always on unix:<dir>/scanner-api.sock too, for the operator's user alone.",
+    )
+    secret_file: Path = setting(
+        Path("/etc/samepage/secret"),
+        "File with the cluster's secret, the same on every host, at least 16 bytes.",
+    )
+    merger: str = setting(
+        "", "gRPC target of this host's merger. Empty: unix:<dir>/merger-api.sock."
+    )
+    merger_address: str = setting(
+        "",
+        "host:port where other hosts reach this host's merger; told to the index. "
+        "Empty: they do not reach it.",
+    )
+    index: str = setting("", "gRPC target of the index, host:port. Empty: no index.")
+    interval_seconds: float = setting(10.0, "Pause between two background passes, in seconds.")
+    interval_max_seconds: float = setting(
+        120.0, "How long the pause may grow, in seconds, while passes find nothing to do."
+    )
+    cpu_percent: float = setting(
+        10.0,
+        "Pause so long after a background pass that looking at pages takes no more than "
+        "this share of one core.",
+    )
+    answer_seconds: float = setting(
+        5.0,
+        "How long an agent has, in seconds, to answer an order to look at pages, and to "
+        "answer all of a pass for each 4 GiB of its arenas. One that does not is left out.",
+    )
+    merger_seconds: float = setting(
+        30.0, "How long the merger has, in seconds, to show progress before it counts as away."
+    )
+    pages_max: int = setting(
+        1 << 28,
+        "Pages of all arenas that this scanner keeps books of, at 17 bytes each; "
+        "an arena beyond is refused. 268435456 pages are 1 TiB.",
+    )
+    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
+    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
+    ready_file: Path | None = setting(
+        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
+    )
+    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(_NODE.fullmatch(self.node_name)),
+            f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
+        )
+        check_listen(self.listen)
+        for name in ("interval_seconds", "answer_seconds", "merger_seconds"):
+            require(getattr(self, name) > 0, f"{name} must be more than 0")
+        require(
+            self.interval_max_seconds >= self.interval_seconds,
+            "interval_max_seconds must not be less than interval_seconds",
+        )
+        require(0 < self.cpu_percent <= 100, "cpu_percent must be more than 0 and at most 100")
+        require(0 < self.pages_max <= 1 << 32, "pages_max must be 1 to 4294967296")
+        require(self.drain_seconds >= 0, "drain_seconds must not be negative")
+        check_level(self.log_level)
+
+    @property
+    def node_name(self) -> str:
+        """`node`, or the machine's host name."""
+        return self.node or socket.gethostname()
+
+    @property
+    def merger_target(self) -> str:
+        """`merger`, or the merger's socket in `dir`."""
+        return self.merger or f"unix:{self.dir}/merger-api.sock"
+
+    @property
+    def addresses(self) -> tuple[str, str]:
+        """Where the gRPC API is served."""
+        return self.listen, f"unix:{self.dir}/scanner-api.sock"

@@ -1,0 +1,258 @@
+"""Finds equal pages among the arenas of a domain, as few and long runs.
+
+Theory. Pages with one fingerprint make a group. Of each group one page is the leader: it gets a
+slot, unless it has one already, and every private page of the group, the follower, is mapped to
+that slot. Replacing costs per run rather than per page, so what matters is how well neighbours
+stay together: a run is a stretch of followers side by side whose leaders lie side by side too.
+
+That makes the leader's choice the heart of it. Taking the lowest page of each group would do when
+arenas are whole copies of each other; but a copy in which every second page was changed would
+then lead every second group, and cut everybody else's run to single pages. So:
+
+1. A page that is shared already leads, since its slot is there; two shared pages are done.
+2. Else, and among several shared ones, the page in the longest *chain* leads. Two neighbours are
+   linked when the same two groups are neighbours at another place as well; a chain is a
+   stretch of linked pages. Whoever has the most content in an order that recurs leads for all of
+   it, and the choice is the same for neighbours.
+3. Ties go to the lowest page, in the order of the arenas.
+
+Leaders are never followers, so runs can be carried out in any order.
+
+All arenas lie in one row of numbers ("places") with a gap after each, so that neighbours in the
+row are neighbours in an arena and nothing has to look for arenas' ends. The work goes through the
+row in blocks, and sorting through the fingerprints in parts: besides about 14 bytes a page, what
+it takes on the way does not grow with the memory that is looked at, up to a million pages.
+
+Pages that hold only zeros need no leader: their runs say NO_LEADER.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.daemon.wire import PageState
+from samepage_scanner import fingerprints as fp
+from samepage_scanner.pages import HAS_FINGERPRINT, HAS_STABLE_FINGERPRINT, STABLE, STATE, Pages
+
+# The records of MergeRequest.runs.
+RUN = np.dtype(
+    [
+        ("leader_arena", "<u4"),
+        ("follower_arena", "<u4"),
+        ("leader_page", "<u8"),
+        ("follower_page", "<u8"),
+        ("count", "<u8"),
+    ]
+)
+NO_LEADER = 0xFFFF_FFFF
+PLACES_MAX = 1 << 36
+
+_PART_PAGES = 1 << 16
+_PARTS_MAX = 16
+
+# A page's fitness to lead its group, in 64 bits: shared already, length of its chain, low place.
+_PLACE_BITS = np.uint64(36)
+_PLACE_MASK = np.uint64(PLACES_MAX - 1)
+_CHAIN_MAX = (1 << 27) - 1
+_SHARED_BIT = np.uint64(1 << 63)
+
+Runs = npt.NDArray[np.void]
+Places = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Match:
+    """What matching found.
+
+    Attributes:
+        equal: runs (dtype RUN) of equal pages, longest first.
+        zero: runs of pages that hold only zeros, longest first.
+        unique: by arena, private pages that no other page of those looked at is equal to.
+    """
+
+    equal: Runs
+    zero: Runs
+    unique: npt.NDArray[np.int64]
+
+
+def match(arenas: Sequence[Pages], *, waive: bool = False) -> Match:
+    """Match all pages of one domain.
+
+    Args:
+        arenas: of one domain; at most 2**36 pages together.
+        waive: look also at pages that are not stable.
+    """
+    return _Matching(arenas, waive).result()
+
+
+class _Matching:
+    """One run of the algorithm; `groups` is by place, 0 where a page is in no group."""
+
+    def __init__(self, arenas: Sequence[Pages], waive: bool) -> None:
+        self._arenas = arenas
+        self._waive = waive
+        self._wanted = HAS_FINGERPRINT if waive else HAS_STABLE_FINGERPRINT
+        self._bases = np.cumsum([0, *(len(pages) + 1 for pages in arenas)], dtype=np.int64)
+        self._places = int(self._bases[-1])
+        self._parts = 1
+        while self._parts < _PARTS_MAX and self._parts * _PART_PAGES < self._places:
+            self._parts *= 2
+        self._groups = np.zeros(self._places, np.uint32)
+        self._group_count = 0
+        self._unique = np.zeros(len(arenas), np.int64)
+
+    def result(self) -> Match:
+        for part in range(self._parts):
+            self._group(part)
+        equal = np.empty((3, 0), np.int64)
+        if self._group_count:
+            equal = _join(list(self._equal(self._leaders(self._chains()))))
+        zero = _join(list(self._zero()))
+        return Match(self._records(*equal), self._records(zero[0], None, zero[2]), self._unique)
+
+    def _group(self, part: int) -> None:
+        """Group the pages of one part of the fingerprints."""
+        chosen, places, private = [fp.empty()], [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
+        for base, pages in zip(self._bases, self._arenas, strict=False):
+            for block in pages.blocks():
+                flags, fingerprints = pages.flags[block], pages.fingerprints[block]
+                wanted = self._wanted[flags]
+                wanted &= _part_of(fp.keys(fingerprints), self._parts) == part
+                rows = np.flatnonzero(wanted)
+                chosen.append(fingerprints[rows])
+                places.append(rows + (base + block.start))
+                private.append((flags[rows] & STATE) == PageState.PRIVATE)
+        self._number_groups(np.concatenate(chosen), np.concatenate(places), np.concatenate(private))
+
+    def _number_groups(
+        self, fingerprints: fp.Fingerprints, places: Places, private: fp.Mask
+    ) -> None:
+        if not len(places):
+            return
+        order, begins = fp.sort(fingerprints)
+        private = private[order]
+        starts = np.flatnonzero(begins)
+        sizes = np.diff(starts, append=len(order))
+        alone = starts[(sizes == 1) & private[starts]]
+        self._unique += np.bincount(
+            self._arena_of(places[order[alone]]), minlength=len(self._arenas)
+        )
+        worth = (sizes > 1) & np.logical_or.reduceat(private, starts)
+        numbers = np.cumsum(worth) + self._group_count
+        self._group_count = int(numbers[-1])
+        self._groups[places[order]] = np.repeat(np.where(worth, numbers, 0), sizes)
+
+    def _chains(self) -> npt.NDArray[np.int32]:
+        """By place, the length of its chain in links."""
+        linked = np.zeros(self._places, np.bool_)
+        for part in range(self._parts):
+            places, pairs = self._pairs(part)
+            order = np.argsort(pairs)
+            pairs = pairs[order]
+            again = np.flatnonzero(pairs[1:] == pairs[:-1])
+            linked[places[order[again]]] = True
+            linked[places[order[again + 1]]] = True
+        # A chain begins at a link without one before it, and ends a page after its last link.
+        starts = np.flatnonzero(linked[1:] & ~linked[:-1]) + 1
+        if linked[:1].any():
+            starts = np.concatenate(([0], starts))
+        ends = np.flatnonzero(linked[:-1] & ~linked[1:]) + 1
+        lengths = np.zeros(self._places + 1, np.int32)
+        lengths[starts] = ends - starts
+        lengths[ends + 1] -= (ends - starts).astype(np.int32)
+        np.cumsum(lengths, out=lengths)
+        return lengths
+
+    def _pairs(self, part: int) -> tuple[Places, fp.Keys]:
+        """Neighbouring places that are both in groups, and the two groups as one number."""
+        places, pairs = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
+        for first in range(0, self._places - 1, _PART_PAGES):
+            groups = self._groups[first : first + _PART_PAGES + 1]
+            left, right = groups[:-1], groups[1:]
+            rows = np.flatnonzero((left % self._parts == part) & (left > 0) & (right > 0))
+            places.append(rows + first)
+            pairs.append(left[rows].astype(np.uint64) << np.uint64(32) | right[rows])
+        return np.concatenate(places), np.concatenate(pairs)
+
+    def _leaders(self, chains: npt.NDArray[np.int32]) -> Places:
+        """By group, the place of its leader."""
+        best = np.zeros(self._group_count + 1, np.uint64)
+        for base, pages in zip(self._bases, self._arenas, strict=False):
+            for block in pages.blocks():
+                first = int(base) + block.start
+                groups = self._groups[first : first + block.stop - block.start]
+                rows = np.flatnonzero(groups)
+                fitness = np.minimum(chains[first + rows], _CHAIN_MAX).astype(np.uint64)
+                fitness <<= _PLACE_BITS
+                fitness |= _PLACE_MASK - (first + rows).astype(np.uint64)
+                shared = (pages.flags[block][rows] & STATE) == PageState.SHARED
+                fitness[shared] |= _SHARED_BIT
+                np.maximum.at(best, groups[rows], fitness)
+        return (_PLACE_MASK - (best & _PLACE_MASK)).astype(np.int64)
+
+    def _equal(self, leaders: Places) -> Iterator[npt.NDArray[np.int64]]:
+        """Runs of every block: followers, leaders, counts."""
+        for base, pages in zip(self._bases, self._arenas, strict=False):
+            for block in pages.blocks():
+                first = int(base) + block.start
+                groups = self._groups[first : first + block.stop - block.start]
+                private = (pages.flags[block] & STATE) == PageState.PRIVATE
+                rows = np.flatnonzero((groups > 0) & private)
+                led_by = leaders[groups[rows]]
+                follows = led_by != rows + first
+                yield _runs(rows[follows] + first, led_by[follows])
+
+    def _zero(self) -> Iterator[npt.NDArray[np.int64]]:
+        for base, pages in zip(self._bases, self._arenas, strict=False):
+            for block in pages.blocks():
+                flags = pages.flags[block]
+                zero = (flags & STATE) == PageState.ZERO
+                if not self._waive:
+                    zero &= (flags & STABLE) != 0
+                places = np.flatnonzero(zero) + (base + block.start)
+                yield _runs(places, places)
+
+    def _arena_of(self, places: Places) -> npt.NDArray[np.intp]:
+        return np.searchsorted(self._bases, places, "right") - 1
+
+    def _records(self, followers: Places, leaders: Places | None, counts: Places) -> Runs:
+        longest_first = np.argsort(-counts, kind="stable")
+        followers = followers[longest_first]
+        runs = np.zeros(len(followers), RUN)
+        runs["count"] = counts[longest_first]
+        runs["follower_arena"] = arenas = self._arena_of(followers)
+        runs["follower_page"] = followers - self._bases[arenas]
+        if leaders is None:
+            runs["leader_arena"] = NO_LEADER
+        else:
+            leaders = leaders[longest_first]
+            runs["leader_arena"] = arenas = self._arena_of(leaders)
+            runs["leader_page"] = leaders - self._bases[arenas]
+        return runs
+
+
+def _part_of(keys: fp.Keys, parts: int) -> fp.Keys:
+    """The part of each key, by its topmost bits."""
+    bits = parts.bit_length() - 1
+    return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
+
+
+def _runs(followers: Places, leaders: Places) -> npt.NDArray[np.int64]:
+    """Join single pages, ordered by follower."""
+    return _join([np.stack((followers, leaders, np.ones_like(followers)))])
+
+
+def _join(pieces: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    """Join runs (rows: followers, leaders, counts), ordered by follower, where they continue."""
+    runs = np.concatenate([np.empty((3, 0), np.int64), *pieces], axis=1)
+    if not runs.shape[1]:
+        return runs
+    followers, leaders, counts = runs
+    goes_on = followers[1:] == followers[:-1] + counts[:-1]
+    goes_on &= leaders[1:] == leaders[:-1] + counts[:-1]
+    starts = np.concatenate(([0], np.flatnonzero(~goes_on) + 1))
+    return np.stack((followers[starts], leaders[starts], np.add.reduceat(counts, starts)))

@@ -1,0 +1,250 @@
+"""Tells the index what this host holds, and asks it what others hold.
+
+One stream, one request in flight. What was collected but not acknowledged waits in `_pending`;
+when the index still knows this scanner's epoch after a lost connection, those batches are sent
+again (adding and removing twice is the same as once), else everything is collected anew. The
+index may be away for as long as it likes: meanwhile nothing is collected, and the books remember
+with a bit a page what it knew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+import secrets
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+import numpy as np
+import structlog
+
+from samepage.v1 import index_pb2, index_pb2_grpc
+from samepage_scanner import deltas
+from samepage_scanner import fingerprints as fp
+from samepage_scanner.books import Books, Domain
+
+BATCH_MAX = 1 << 16
+LOOKUP_MAX = 1 << 14
+
+# Longer than the index gives Redis, so that it is the index that says what is wrong.
+_ANSWER_SECONDS = 15.0
+_BACKOFF_SECONDS = 0.2
+_BACKOFF_MAX_SECONDS = 30.0
+_RENEWALS_A_LEASE = 4
+_OPTIONS = (("grpc.max_receive_message_length", 64 << 20),)
+
+Stream = grpc.aio.StreamStreamCall[index_pb2.PublishRequest, index_pb2.PublishResponse]
+
+log = structlog.get_logger(__name__)
+
+
+class IndexAwayError(Exception):
+    """The index does not answer, or not as it should."""
+
+
+class Publisher:
+    """Streams to the index until cancelled; reconnects by itself.
+
+    Args:
+        target: the index's gRPC target.
+        host: this host's name in the cluster.
+        merger_address: where other hosts reach this one's merger.
+        changed: told whether the index is there, whenever that changes.
+    """
+
+    def __init__(
+        self,
+        books: Books,
+        target: str,
+        host: str,
+        merger_address: str,
+        changed: Callable[[bool], None],
+    ) -> None:
+        self._books = books
+        self._target = target
+        self._changed = changed
+        self._announce = index_pb2.Announce(
+            host=host, epoch=secrets.randbits(63) + 1, merger_address=merger_address
+        )
+        self._pending: deque[index_pb2.Batch] = deque()
+        self._news = asyncio.Event()
+        self.connected = False
+        self.published = 0
+
+    def notify(self) -> None:
+        """A pass ended: there may be something to publish."""
+        self._news.set()
+
+    async def run_forever(self) -> None:
+        """Sessions with the index, until cancelled."""
+        backoff = _BACKOFF_SECONDS
+        while True:
+            try:
+                await self._session()
+            except (grpc.aio.AioRpcError, IndexAwayError, TimeoutError) as error:
+                if self.connected:
+                    backoff = _BACKOFF_SECONDS
+                log.info("index is away", target=self._target, why=_why(error))
+            finally:
+                self._connected(False)
+            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            backoff = min(2 * backoff, _BACKOFF_MAX_SECONDS)
+
+    async def overlap(self) -> tuple[Counter[str], int]:
+        """How many of this host's distinct pages each other host holds, and how many there are.
+
+        Raises:
+            IndexAwayError: the index does not answer.
+        """
+        held: Counter[str] = Counter()
+        distinct = 0
+        try:
+            async with grpc.aio.insecure_channel(self._target, options=_OPTIONS) as channel:
+                stub = index_pb2_grpc.IndexStub(channel)
+                for domain in list(self._books.domains.values()):
+                    async for part in _distinct(domain):
+                        distinct += len(part)
+                        held += await self._lookup(stub, domain, part)
+        except grpc.aio.AioRpcError as error:
+            raise IndexAwayError(_why(error)) from error
+        return held, distinct
+
+    async def _lookup(
+        self, stub: index_pb2_grpc.IndexAsyncStub, domain: Domain, part: fp.Fingerprints
+    ) -> Counter[str]:
+        held: Counter[str] = Counter()
+        for first in range(0, len(part), LOOKUP_MAX):
+            answer = await stub.Lookup(
+                index_pb2.LookupRequest(
+                    domain_id=domain.identity,
+                    fingerprints=part[first : first + LOOKUP_MAX].tobytes(),
+                ),
+                timeout=_ANSWER_SECONDS,
+            )
+            numbers = np.frombuffer(answer.holders, "<u4").reshape(-1, 2)[:, 1]
+            counts = np.bincount(numbers, minlength=len(answer.hosts))
+            for host, count in zip(answer.hosts, counts, strict=True):
+                if host.name != self._announce.host:
+                    held[host.name] += int(count)
+        return held
+
+    async def _session(self) -> None:
+        """One connection, for as long as it holds."""
+        async with grpc.aio.insecure_channel(self._target) as channel:
+            stream = index_pb2_grpc.IndexStub(channel).Publish()
+            with contextlib.closing(_Cancelling(stream)):
+                lease_seconds = await self._introduce(stream)
+                self._connected(True)
+                while True:
+                    lease_seconds = await self._round(stream, lease_seconds)
+
+    async def _introduce(self, stream: Stream) -> float:
+        """Announce this host; returns the lease in seconds."""
+        answer = await _ask(stream, index_pb2.PublishRequest(announce=self._announce))
+        if answer.WhichOneof("kind") != "announced":
+            raise IndexAwayError("it did not answer an Announce")
+        if not answer.announced.resumed:
+            await self._forget()
+        # The index may lack what was never sent: look for it at once.
+        self._news.set()
+        return answer.announced.lease_ms / 1000
+
+    async def _round(self, stream: Stream, lease_seconds: float) -> float:
+        """Publish what is new, or keep the lease when nothing is."""
+        if self._pending or await self._collect():
+            while self._pending:
+                await self._send(stream, self._pending[0])
+                self._pending.popleft()
+            return lease_seconds
+        try:
+            async with asyncio.timeout(lease_seconds / _RENEWALS_A_LEASE):
+                await self._news.wait()
+        except TimeoutError:
+            answer = await _ask(stream, index_pb2.PublishRequest(renew=index_pb2.Renew()))
+            if not answer.renewed.known:
+                return await self._introduce(stream)
+        return lease_seconds
+
+    async def _send(self, stream: Stream, batch: index_pb2.Batch) -> None:
+        answer = await _ask(stream, index_pb2.PublishRequest(batch=batch))
+        if answer.WhichOneof("kind") != "accepted":
+            raise IndexAwayError("it did not answer a Batch")
+        self.published += (len(batch.added) - len(batch.removed)) // fp.FINGERPRINT_BYTES
+
+    async def _collect(self) -> bool:
+        """Fill `_pending` when there may be news; whether anything is there now."""
+        if not self._news.is_set():
+            return False
+        self._news.clear()
+        async with self._books.lock:
+            self._books.bury()
+            for domain in list(self._books.domains.values()):
+                for arena in domain.arenas:
+                    arena.known_to_index = True
+                delta = await asyncio.to_thread(deltas.collect, domain)
+                self._pending.extend(_batches(domain, delta))
+                if not delta.complete:
+                    self._news.set()
+        return bool(self._pending)
+
+    async def _forget(self) -> None:
+        """The index knows nothing of this host."""
+        self._pending.clear()
+        self.published = 0
+        async with self._books.lock:
+            for domain in self._books.domains.values():
+                domain.buried.clear()
+                deltas.forget(domain)
+
+    def _connected(self, connected: bool) -> None:
+        if connected != self.connected:
+            self.connected = connected
+            self._changed(connected)
+
+
+class _Cancelling:
+    """Cancels a stream on close()."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def close(self) -> None:
+        self._stream.cancel()
+
+
+async def _ask(stream: Stream, request: index_pb2.PublishRequest) -> index_pb2.PublishResponse:
+    async with asyncio.timeout(_ANSWER_SECONDS):
+        try:
+            await stream.write(request)
+        except asyncio.InvalidStateError as error:
+            raise IndexAwayError(await stream.details()) from error
+        answer = await stream.read()
+    if not isinstance(answer, index_pb2.PublishResponse):
+        raise IndexAwayError("it ended the stream")
+    return answer
+
+
+def _batches(domain: Domain, delta: deltas.Delta) -> list[index_pb2.Batch]:
+    longest = max(len(delta.added), len(delta.removed))
+    return [
+        index_pb2.Batch(
+            domain_id=domain.identity,
+            added=delta.added[first : first + BATCH_MAX].tobytes(),
+            removed=delta.removed[first : first + BATCH_MAX].tobytes(),
+        )
+        for first in range(0, longest, BATCH_MAX)
+    ]
+
+
+async def _distinct(domain: Domain) -> AsyncIterator[fp.Fingerprints]:
+    parts = deltas.distinct_parts(domain)
+    while (part := await asyncio.to_thread(next, parts, None)) is not None:
+        yield part
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, grpc.aio.AioRpcError):
+        return error.details() or error.code().name
+    return str(error) or "it does not answer in time"

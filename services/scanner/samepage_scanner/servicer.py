@@ -1,0 +1,132 @@
+"""The scanner's gRPC API (proto/samepage/v1/scanner.proto)."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import resource
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import grpc
+
+from samepage.v1 import scanner_pb2, scanner_pb2_grpc
+from samepage_scanner.books import Books
+from samepage_scanner.merging import MergerClient
+from samepage_scanner.passes import Passes, Report, ShareRefusedError
+from samepage_scanner.publisher import IndexAwayError, Publisher
+
+DEFAULT_DOMAIN = "default"
+
+_STATUS = {
+    errno.ENOENT: grpc.StatusCode.NOT_FOUND,
+    errno.ENOTCONN: grpc.StatusCode.UNAVAILABLE,
+    errno.ETIMEDOUT: grpc.StatusCode.UNAVAILABLE,
+}
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
+    """Converts requests, and hands them on."""
+
+    def __init__(
+        self,
+        node: str,
+        books: Books,
+        passes: Passes,
+        merger: MergerClient,
+        publisher: Publisher | None,
+    ) -> None:
+        self._node = node
+        self._books = books
+        self._passes = passes
+        self._merger = merger
+        self._publisher = publisher
+
+    async def ListScannedArenas(
+        self, request: scanner_pb2.ListScannedArenasRequest, context: Context
+    ) -> scanner_pb2.ListScannedArenasResponse:
+        """The arenas, ordered by domain and name."""
+        arenas = sorted(self._books.arenas(), key=lambda arena: (arena.domain.name, arena.name))
+        return scanner_pb2.ListScannedArenasResponse(
+            arenas=[
+                scanner_pb2.ScannedArena(
+                    name=arena.name,
+                    domain=arena.domain.name,
+                    pid=arena.agent.peer.pid,
+                    pages=len(arena.pages),
+                    passes=arena.passes,
+                    stable_pages=arena.pages.count_stable(),
+                )
+                for arena in arenas
+            ]
+        )
+
+    async def Share(
+        self, request: scanner_pb2.ShareRequest, context: Context
+    ) -> scanner_pb2.ShareResponse:
+        """One pass over the domain; the outcome of one arena, or of all together."""
+        name = request.domain or DEFAULT_DOMAIN
+        domain = self._books.domains.get(name)
+        arenas = domain.arenas if domain is not None else []
+        if domain is not None and request.arena:
+            arenas = domain.find(request.arena)
+        if domain is None or not arenas:
+            what = f"arena {request.arena!r}" if request.arena else "arena"
+            await _abort(context, grpc.StatusCode.NOT_FOUND, f"no {what} in domain {name!r}")
+        try:
+            reports = await self._passes.share(domain, list(arenas))
+        except ShareRefusedError as error:
+            code = _STATUS.get(error.error, grpc.StatusCode.INTERNAL)
+            await _abort(context, code, error.text)
+        return scanner_pb2.ShareResponse(outcome=_sum(reports))
+
+    async def GetScannerStatus(
+        self, request: scanner_pb2.GetScannerStatusRequest, context: Context
+    ) -> scanner_pb2.GetScannerStatusResponse:
+        """Counters since start, and what the scanner is connected to."""
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        return scanner_pb2.GetScannerStatusResponse(
+            node=self._node,
+            agents=len(self._books.agents),
+            arenas=sum(1 for _ in self._books.arenas()),
+            pages=self._books.pages,
+            pages_scanned=self._books.pages_scanned,
+            passes=self._passes.passes,
+            index_connected=self._publisher is not None and self._publisher.connected,
+            merger_connected=self._merger.connected,
+            published=self._publisher.published if self._publisher is not None else 0,
+            cpu_seconds=used.ru_utime + used.ru_stime,
+        )
+
+    async def GetOverlap(
+        self, request: scanner_pb2.GetOverlapRequest, context: Context
+    ) -> scanner_pb2.GetOverlapResponse:
+        """What the index knows of this host's pages on others, most first."""
+        if self._publisher is None:
+            text = "this scanner has no index: set its `index`"
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, text)
+        try:
+            held, distinct = await self._publisher.overlap()
+        except IndexAwayError as error:
+            text = f"the index is away: {error}; try again later"
+            await _abort(context, grpc.StatusCode.UNAVAILABLE, text)
+        return scanner_pb2.GetOverlapResponse(
+            hosts=[
+                scanner_pb2.HostOverlap(host=host, pages=pages)
+                for host, pages in held.most_common()
+            ],
+            distinct_pages=distinct,
+        )
+
+
+async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:
+    await context.abort(code, text)
+    raise AssertionError("abort() raises")
+
+
+def _sum(reports: Sequence[Report]) -> scanner_pb2.ShareOutcome:
+    columns = zip(*(dataclasses.astuple(report) for report in reports), strict=True)
+    names = (field.name for field in dataclasses.fields(Report))
+    return scanner_pb2.ShareOutcome(**dict(zip(names, map(sum, columns), strict=True)))

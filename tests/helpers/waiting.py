@@ -1,0 +1,20 @@
+"""Waiting for what no event tells."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+_SECONDS = 20.0
+_STEP_SECONDS = 0.01
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Let the event loop go on until something is so.
+
+    Raises:
+        TimeoutError: it is not after 20 seconds.
+    """
+    async with asyncio.timeout(_SECONDS):
+        while not condition():
+            await asyncio.sleep(_STEP_SECONDS)
