@@ -1,0 +1,1 @@
+"""What the scanner, the index and the merger share: configuration, logs, serving, secrets."""

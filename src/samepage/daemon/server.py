@@ -1,0 +1,294 @@
+"""Runs a service: a grpc.aio server with the standard health service and a graceful stop.
+
+The first SIGINT or SIGTERM drains: health says NOT_SERVING, no new call is accepted, the service
+ends its streams, calls in flight get `drain_seconds`. The second signal exits at once, with code
+130 or 143.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from samepage.daemon.config import ConfigError
+from samepage.errors import SamepageError
+
+UNIX = "unix:"
+_MESSAGE_BYTES_MAX = 16 << 20
+_OPTIONS = (
+    # Without this two servers on one port would share its connections silently.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES_MAX),
+    ("grpc.max_send_message_length", _MESSAGE_BYTES_MAX),
+)
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+_SERVICE_UNKNOWN = health_pb2.HealthCheckResponse.SERVICE_UNKNOWN
+
+log = structlog.get_logger(__name__)
+
+
+class ListenError(SamepageError):
+    """An address cannot be served on: choose another, or end who uses it."""
+
+
+class Health(health_pb2_grpc.HealthServicer):
+    """The standard health service (grpc.health.v1).
+
+    Serving means: started, not draining, and every dependency that was ever `set` is available.
+
+    Args:
+        services: full names of the gRPC services that this process offers.
+    """
+
+    def __init__(self, services: Sequence[str]) -> None:
+        self.services = tuple(services)
+        self._dependencies: dict[str, bool] = {}
+        self._started = False
+        self._draining = False
+        self._changed = asyncio.Event()
+
+    @property
+    def serving(self) -> bool:
+        """What the health service answers."""
+        return self._started and not self._draining and all(self._dependencies.values())
+
+    def set(self, dependency: str, available: bool) -> None:
+        """Say whether something that the service needs is there."""
+        if self._dependencies.get(dependency) is available:
+            return
+        if available and dependency in self._dependencies:
+            log.info("dependency is back", dependency=dependency)
+        elif not available:
+            log.warning("dependency is away", dependency=dependency)
+        self._dependencies[dependency] = available
+        self._notify()
+
+    def started(self) -> None:
+        """The service is ready."""
+        self._started = True
+        self._notify()
+
+    def drain(self) -> None:
+        """NOT_SERVING from now on; watchers are told, and their streams end."""
+        self._draining = True
+        self._notify()
+
+    async def Check(
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> health_pb2.HealthCheckResponse:
+        """The status now; NOT_FOUND for a service that is not here."""
+        status = self._status(request.service)
+        if status == _SERVICE_UNKNOWN:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service {request.service!r} here")
+        return health_pb2.HealthCheckResponse(status=status)
+
+    async def Watch(
+        self,
+        request: health_pb2.HealthCheckRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[health_pb2.HealthCheckResponse]:
+        """The status now and whenever it changes, until the server drains."""
+        last: int | None = None
+        while True:
+            changed = self._changed
+            status = self._status(request.service)
+            if status != last:
+                yield health_pb2.HealthCheckResponse(status=status)
+                last = status
+            if self._draining:
+                return
+            await changed.wait()
+
+    def _status(self, service: str) -> int:
+        if service and service not in self.services:
+            return _SERVICE_UNKNOWN
+        return _SERVING if self.serving else _NOT_SERVING
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+
+class Service(Protocol):
+    """What `run` serves."""
+
+    @property
+    def name(self) -> str:
+        """Such as "index"."""
+
+    @property
+    def listen(self) -> Sequence[str]:
+        """Addresses: "127.0.0.1:0" (0: any free port), "unix:/path" (mode 0600)."""
+
+    @property
+    def health(self) -> Health:
+        """The service sets its dependencies here."""
+
+    @property
+    def drain_seconds(self) -> float:
+        """How long calls in flight may go on after the first signal."""
+
+    @property
+    def ready_file(self) -> Path | None:
+        """Gets `{"address": ..., "addresses": [...], "pid": ...}` when serving."""
+
+    @property
+    def reflection(self) -> bool:
+        """Whether to offer gRPC's server reflection."""
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the servicers."""
+
+    async def start(self) -> None:
+        """Get ready; called before the first call is accepted."""
+
+    async def drain(self) -> None:
+        """End streams and loops soon: no new call comes, those in flight still run."""
+
+    async def close(self) -> None:
+        """Release everything; no call runs any more. Called also when `start` failed."""
+
+
+@dataclass
+class _Stop:
+    """Set by the first signal."""
+
+    event: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def signalled(self, number: signal.Signals) -> None:
+        if self.event.is_set():
+            os._exit(128 + number)
+        log.info("stopping", signal=number.name)
+        self.event.set()
+
+
+async def run(service: Service) -> None:
+    """Serve until the first SIGINT or SIGTERM, then drain and return.
+
+    Raises:
+        ListenError: an address cannot be served on.
+        ConfigError: an address or the ready file makes no sense.
+        SamepageError: what the service's `start` raises.
+    """
+    stop = _Stop()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.signalled, number)
+    try:
+        if await _unless_stopped(service.start(), stop):
+            await _serve(service, stop)
+    finally:
+        await service.close()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+
+async def _unless_stopped(start: Any, stop: _Stop) -> bool:
+    """Await `start`; False when a signal came first."""
+    starting = asyncio.ensure_future(start)
+    stopping = asyncio.ensure_future(stop.event.wait())
+    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if starting.done():
+        starting.result()
+        return True
+    starting.cancel()
+    await asyncio.wait({starting})
+    return False
+
+
+async def _serve(service: Service, stop: _Stop) -> None:
+    server = grpc.aio.server(options=_OPTIONS)
+    service.register(server)
+    health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
+    if service.reflection:
+        names = (*service.health.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(names, server)
+    addresses = [_listen(server, address) for address in service.listen]
+    await server.start()
+    try:
+        service.health.started()
+        if service.ready_file is not None:
+            write_ready_file(service.ready_file, addresses)
+        log.info("serving", addresses=addresses, pid=os.getpid())
+        await stop.event.wait()
+    finally:
+        await _drain(service, server)
+
+
+async def _drain(service: Service, server: grpc.aio.Server) -> None:
+    service.health.drain()
+    if service.ready_file is not None:
+        service.ready_file.unlink(missing_ok=True)
+    stopping = asyncio.ensure_future(server.stop(service.drain_seconds))
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(service.drain_seconds):
+            await service.drain()
+    await stopping
+    log.info("stopped")
+
+
+def write_ready_file(path: Path, addresses: Sequence[str]) -> None:
+    """Tell whoever started this process that it serves. The file appears whole, or not at all.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    tcp = [address for address in addresses if not address.startswith(UNIX)]
+    ready = {"address": (tcp or addresses)[0], "addresses": [*addresses], "pid": os.getpid()}
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        draft.write_text(json.dumps(ready) + "\n")
+        draft.replace(path)
+    except OSError as error:
+        raise ConfigError(f"cannot write the ready file {path}: {error.strerror}") from error
+
+
+def check_listen(address: str) -> str:
+    """The address itself when it is "host:port" or "unix:/path".
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    host, colon, port = address.rpartition(":")
+    is_tcp = bool(host and colon) and port.isascii() and port.isdigit() and int(port) < 65536
+    if address.startswith(UNIX):
+        if len(address) > len(UNIX):
+            return address
+    elif is_tcp:
+        return address
+    raise ConfigError(f"cannot listen on {address!r}: give host:port (port 0: any) or unix:/path")
+
+
+def _listen(server: grpc.aio.Server, address: str) -> str:
+    """Bind, and return the address with the port that it got."""
+    check_listen(address)
+    is_unix = address.startswith(UNIX)
+    # Only the service's own user may connect to a unix socket; the mode must hold from bind() on.
+    old_mask = os.umask(0o177) if is_unix else None
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise ListenError(
+            f"cannot listen on {address}: the address is in use, not of this machine, or not "
+            "permitted; choose another one or end the process that uses it"
+        ) from error
+    finally:
+        if old_mask is not None:
+            os.umask(old_mask)
+    return address if is_unix else f"{address.rpartition(':')[0]}:{port}"
