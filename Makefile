@@ -1,0 +1,108 @@
+# samepage: `make help` lists what can be made. Every target does its own set-up.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+MAKEFLAGS += --no-print-directory
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV ?= .venv
+export PYTHON
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+STAMPS := $(VENV)/stamps
+PACKAGING := pyproject.toml hatch_build.py
+GENERATED := src/samepage/v1
+PROTOS = $(sort $(wildcard proto/samepage/v1/*.proto))
+# What protoc writes, in a form that `make proto-check` can send elsewhere.
+PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto
+
+.PHONY: help
+help: ## Show this help
+	@echo "samepage: identical memory, stored once. Targets:"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+.PHONY: demo
+demo: $(STAMPS)/services native ## Two hosts on this machine share the memory of six workers
+	@echo "==> samepage demo $(DEMO_ARGS)"
+	@$(BIN)/samepage demo $(DEMO_ARGS)
+
+.PHONY: test
+test: $(STAMPS)/dev $(STAMPS)/system-test native native-test ## Run every test (PYTEST_ARGS="-k share" for some)
+	@echo "==> running the Python tests"
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(STAMPS)/dev ## Check style (ruff)
+	@echo "==> checking style"
+	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(STAMPS)/dev ## Rewrite the Python sources in the project's style
+	@$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+
+.PHONY: types
+types: $(STAMPS)/dev ## Check types (mypy --strict)
+	@echo "==> checking types"
+	@$(BIN)/mypy
+
+.PHONY: proto
+proto: $(STAMPS)/dev ## Generate the Python code of proto/
+	@echo "==> generating $(GENERATED)"
+	@$(PROTOC) --python_out=src --grpc_python_out=src --mypy_out=src --mypy_grpc_out=src \
+	    $(PROTOS:proto/%=%)
+
+.PHONY: proto-check
+proto-check: $(STAMPS)/dev ## Check that the generated code is what proto/ gives
+	@echo "==> checking the generated code"
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
+	$(PROTOC) --python_out="$$out" --grpc_python_out="$$out" --mypy_out="$$out" \
+	    --mypy_grpc_out="$$out" $(PROTOS:proto/%=%); \
+	diff -r -x __pycache__ -x __init__.py "$$out/samepage/v1" $(GENERATED) \
+	    || { echo "$(GENERATED) differs from proto/: run 'make proto'" >&2; exit 1; }
+
+.PHONY: native
+native: $(STAMPS)/system-build ## Build libsamepage
+	@$(MAKE) -C native --silent
+
+.PHONY: native-test
+native-test: $(STAMPS)/system-build ## Run the C library's own tests
+	@echo "==> running the C tests"
+	@$(MAKE) -C native --silent test
+
+.PHONY: bench
+bench: $(STAMPS)/dev native ## Measure, side by side with kernel samepage merging
+	@$(BIN)/python -m bench $(BENCH_ARGS)
+
+.PHONY: build
+build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/
+	@$(PIP) install build && $(BIN)/python -m build --outdir dist
+
+.PHONY: setup
+setup: $(STAMPS)/dev $(STAMPS)/system-test native ## Set up everything for development, in .venv
+
+.PHONY: clean
+clean: ## Remove all that was built or installed here
+	@if [ -f native/Makefile ]; then $(MAKE) -C native clean; fi
+	@rm -rf "$(VENV)" dist native/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find src services tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
+
+$(STAMPS)/system-%: tools/system-packages
+	@tools/system-packages $*
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/venv: | $(STAMPS)/system-build
+	@echo "==> making a virtual environment in $(VENV)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) install --upgrade 'pip>=25.1'
+	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/services: $(STAMPS)/venv $(PACKAGING)
+	@echo "==> installing samepage and its services into $(VENV)"
+	@$(PIP) install --editable '.[services]'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/services
+	@echo "==> installing the tools for tests, lint and types into $(VENV)"
+	@$(PIP) install --group dev
+	@touch $@

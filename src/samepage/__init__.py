@@ -1,0 +1,48 @@
+"""Identical memory, stored once: across the processes of a host and the hosts of a cluster.
+
+import samepage
+
+with samepage.connect() as node:
+    with node.create_arena("embeddings", size="512MiB") as arena:
+        arena.buffer[:5] = b"hello"
+        print(arena.share())
+"""
+
+from samepage.client import Arena, Node, connect
+from samepage.errors import (
+    ClosedError,
+    ForkedError,
+    InvalidArgumentError,
+    NameTakenError,
+    NotFoundError,
+    NotRunningError,
+    OutOfMemoryError,
+    ProtocolVersionError,
+    SamepageError,
+    ServiceUnavailableError,
+    ShareTimeoutError,
+    UnsupportedKernelError,
+)
+from samepage.reports import ArenaInfo, ArenaStats, NodeStats, ShareReport
+
+__all__ = [
+    "Arena",
+    "ArenaInfo",
+    "ArenaStats",
+    "ClosedError",
+    "ForkedError",
+    "InvalidArgumentError",
+    "NameTakenError",
+    "Node",
+    "NodeStats",
+    "NotFoundError",
+    "NotRunningError",
+    "OutOfMemoryError",
+    "ProtocolVersionError",
+    "SamepageError",
+    "ServiceUnavailableError",
+    "ShareReport",
+    "ShareTimeoutError",
+    "UnsupportedKernelError",
+    "connect",
+]

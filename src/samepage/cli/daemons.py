@@ -1,0 +1,134 @@
+"""What the subcommands ask the daemons of a host."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from samepage import host as merger
+from samepage import rpc
+from samepage.cli.places import Host
+from samepage.errors import SamepageError
+from samepage.reports import NodeStats, ShareReport
+from samepage.v1 import index_pb2, index_pb2_grpc, scanner_pb2, scanner_pb2_grpc
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+@dataclass(frozen=True)
+class ScannerStats:
+    """A scanner's status; see proto/samepage/v1/scanner.proto."""
+
+    node: str
+    agents: int
+    arenas: int
+    pages: int
+    pages_scanned: int
+    passes: int
+    index_connected: bool
+    merger_connected: bool
+    published: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class IndexStats:
+    """An index's sizes; see proto/samepage/v1/index.proto."""
+
+    entries: int
+    fingerprints: int
+    stored_bytes: int
+    hosts: int
+    store: str
+
+
+@dataclass(frozen=True)
+class Overlap:
+    """Distinct pages of a host, and how many of them each other host holds too."""
+
+    distinct_pages: int
+    hosts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class HostStatus:
+    """What the daemons of a host say; None and an error for one that does not answer."""
+
+    host: Host
+    merger: NodeStats | None
+    scanner: ScannerStats | None
+    errors: tuple[str, ...]
+
+
+def host_status(host: Host) -> HostStatus:
+    """Ask both daemons of a host; never raises for one that is away."""
+    found: list[str] = []
+    merger_stats: NodeStats | None = None
+    scanner: ScannerStats | None = None
+    try:
+        merger_stats = merger.node_stats(str(host.directory))
+    except SamepageError as error:
+        found.append(str(error))
+    try:
+        scanner = scanner_stats(host)
+    except SamepageError as error:
+        found.append(str(error))
+    return HostStatus(host, merger_stats, scanner, tuple(found))
+
+
+def scanner_stats(host: Host) -> ScannerStats:
+    """Ask the scanner.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: it does not answer.
+    """
+    with rpc.channel(rpc.socket_address(host.directory, rpc.SCANNER_SOCKET)) as channel:
+        answer = scanner_pb2_grpc.ScannerStub(channel).GetScannerStatus(
+            scanner_pb2.GetScannerStatusRequest(), timeout=rpc.TIMEOUT_SECONDS
+        )
+    return ScannerStats(**{name: getattr(answer, name) for name in _fields(ScannerStats)})
+
+
+def share(host: Host, domain: str, arena: str, timeout: float) -> ShareReport:
+    """Have the scanner look now at one arena (or, with an empty name, all of the domain).
+
+    Raises:
+        NotFoundError: no such arena.
+        NotRunningError, ServiceUnavailableError: a daemon is away, or too slow.
+    """
+    with rpc.channel(rpc.socket_address(host.directory, rpc.SCANNER_SOCKET)) as channel:
+        request = scanner_pb2.ShareRequest(domain=domain, arena=arena)
+        answer = scanner_pb2_grpc.ScannerStub(channel).Share(request, timeout=timeout)
+    return ShareReport(**{name: getattr(answer.outcome, name) for name in _fields(ShareReport)})
+
+
+def overlap(host: Host) -> Overlap:
+    """Ask how much of the host's memory other hosts hold.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: the scanner or the index is away.
+    """
+    with rpc.channel(rpc.socket_address(host.directory, rpc.SCANNER_SOCKET)) as channel:
+        answer = scanner_pb2_grpc.ScannerStub(channel).GetOverlap(
+            scanner_pb2.GetOverlapRequest(), timeout=rpc.TIMEOUT_SECONDS
+        )
+    return Overlap(answer.distinct_pages, {other.host: other.pages for other in answer.hosts})
+
+
+def index_stats(address: str) -> IndexStats:
+    """Ask the index.
+
+    Raises:
+        ServiceUnavailableError: it, or its Redis, is away.
+    """
+    with rpc.channel(address) as channel:
+        answer = index_pb2_grpc.IndexStub(channel).GetIndexStats(
+            index_pb2.GetIndexStatsRequest(), timeout=rpc.TIMEOUT_SECONDS
+        )
+    return IndexStats(**{name: getattr(answer, name) for name in _fields(IndexStats)})
+
+
+def _fields(kind: type[DataclassInstance]) -> list[str]:
+    return [field.name for field in dataclasses.fields(kind)]

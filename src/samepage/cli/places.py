@@ -1,0 +1,80 @@
+"""Where the daemons are: the hosts of a directory, one or those of `samepage up`."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from samepage.client import DEFAULT_DIRECTORY
+from samepage.errors import InvalidArgumentError, NotRunningError
+
+CLUSTER_FILE = "cluster.json"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A host's name, socket directory, and gRPC addresses ("address:port", empty: not known)."""
+
+    name: str
+    directory: Path
+    merger: str = ""
+    scanner: str = ""
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """The hosts, and the index's gRPC address (empty: not known)."""
+
+    hosts: tuple[Host, ...]
+    index: str = ""
+
+    def to_json(self) -> dict[str, object]:
+        """Return what cluster.json holds."""
+        hosts = [
+            {
+                "name": host.name,
+                "dir": str(host.directory),
+                "merger": host.merger,
+                "scanner": host.scanner,
+            }
+            for host in self.hosts
+        ]
+        return {"index": self.index, "hosts": hosts}
+
+
+def find(directory: Path | None) -> Cluster:
+    """Return the hosts of a directory; default: $SAMEPAGE_DIR, else /run/samepage.
+
+    Raises:
+        NotRunningError: there is no such directory.
+        InvalidArgumentError: its cluster.json is not one.
+    """
+    chosen = directory or Path(os.environ.get("SAMEPAGE_DIR") or DEFAULT_DIRECTORY)
+    if not chosen.is_dir():
+        raise NotRunningError(
+            f"there is no directory {chosen}: start the daemons ('samepage up --dir {chosen}'), "
+            "or name their directory with --dir or SAMEPAGE_DIR"
+        )
+    file = chosen / CLUSTER_FILE
+    if not file.exists():
+        return Cluster((Host("", chosen.absolute()),))
+    return read(file)
+
+
+def read(file: Path) -> Cluster:
+    """Return what a cluster.json says.
+
+    Raises:
+        InvalidArgumentError: it cannot be read, or is something else.
+    """
+    try:
+        content = json.loads(file.read_text())
+        hosts = tuple(
+            Host(host["name"], Path(host["dir"]), host["merger"], host["scanner"])
+            for host in content["hosts"]
+        )
+        return Cluster(hosts, content["index"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InvalidArgumentError(f"{file} cannot be read: {error}") from error

@@ -1,0 +1,107 @@
+"""`samepage status`: what the daemons say, host by host."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import typer
+
+from samepage.cli import daemons, places
+from samepage.cli.output import DirectoryOption, JsonOption, messages, print_json, print_table
+from samepage.errors import NotRunningError, SamepageError
+from samepage.reports import PAGE_SIZE
+from samepage.sizes import format_size
+
+AWAY = "away"
+_COLUMNS = ("host", "daemons", "index", ">arenas", ">shared", ">store", ">saved", ">published")
+
+
+def status(directory: DirectoryOption = None, json: JsonOption = False) -> None:
+    """Show what each host shares and saves, and how its daemons are.
+
+    Exits with 1 when one of them does not answer, 3 when none does.
+    """
+    cluster = places.find(directory)
+    hosts = [daemons.host_status(host) for host in cluster.hosts]
+    index, problems = _index(cluster.index)
+    problems += [text for host in hosts for text in host.errors]
+    if not any(host.merger or host.scanner for host in hosts):
+        raise NotRunningError("; ".join(problems))
+    if json:
+        print_json(_to_json(hosts, index, problems))
+    else:
+        _show(hosts, index, problems)
+    if problems:
+        raise typer.Exit(1)
+
+
+def _index(address: str) -> tuple[daemons.IndexStats | None, list[str]]:
+    if not address:
+        return None, []
+    try:
+        return daemons.index_stats(address), []
+    except SamepageError as error:
+        return None, [str(error)]
+
+
+def _to_json(
+    hosts: list[daemons.HostStatus], index: daemons.IndexStats | None, problems: list[str]
+) -> dict[str, Any]:
+    return {
+        "hosts": [
+            {
+                "name": _name(host),
+                "dir": str(host.host.directory),
+                "merger": dataclasses.asdict(host.merger) if host.merger else None,
+                "scanner": dataclasses.asdict(host.scanner) if host.scanner else None,
+            }
+            for host in hosts
+        ],
+        "index": dataclasses.asdict(index) if index else None,
+        "problems": problems,
+    }
+
+
+def _name(host: daemons.HostStatus) -> str:
+    known = host.merger or host.scanner
+    return host.host.name or (known.node if known else "")
+
+
+def _show(
+    hosts: list[daemons.HostStatus], index: daemons.IndexStats | None, problems: list[str]
+) -> None:
+    print_table(
+        _COLUMNS,
+        [_row(host) for host in hosts],
+    )
+    if index is not None:
+        print_table(
+            ["index on", ">hosts", ">fingerprints", ">entries", ">size"],
+            [
+                (
+                    index.store,
+                    index.hosts,
+                    index.fingerprints,
+                    index.entries,
+                    format_size(index.stored_bytes),
+                )
+            ],
+        )
+    for problem in problems:
+        messages.print(f"[red]{AWAY}:[/red] {problem}", highlight=False)
+
+
+def _row(host: daemons.HostStatus) -> list[object]:
+    merger, scanner = host.merger, host.scanner
+    missing = [name for name, stats in (("merger", merger), ("scanner", scanner)) if stats is None]
+    row: list[object] = [_name(host), f"{', '.join(missing)} {AWAY}" if missing else "serving"]
+    row.append("-" if scanner is None else "connected" if scanner.index_connected else "not used")
+    if merger is None:
+        row += ["-"] * 4
+    else:
+        shared = merger.shared_pages * PAGE_SIZE
+        row.append(merger.arenas)
+        row += [format_size(size) for size in (shared, merger.store_bytes, merger.saved_bytes)]
+    row.append("-" if scanner is None else scanner.published)
+    return row

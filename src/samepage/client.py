@@ -1,0 +1,330 @@
+"""The client: arenas of memory whose identical pages are stored once on the host.
+
+Lifetimes. An arena's memory belongs to a ctypes array (`_Memory`) that every view of it keeps
+alive; when the last view is gone, a finalizer unmaps it. Closing an arena or its node only ends
+the sharing, so a view never dangles. After fork() the child has neither memory nor connection:
+every method raises ForkedError there, and the finalizers do nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import os
+import threading
+import weakref
+from types import TracebackType
+from typing import Self
+
+from samepage import native
+from samepage.errors import ClosedError, ForkedError, InvalidArgumentError
+from samepage.reports import ArenaInfo, ArenaStats, NodeStats, ShareReport
+from samepage.sizes import check_fits, parse_size
+
+DEFAULT_DIRECTORY = "/run/samepage"
+DEFAULT_DOMAIN = "default"
+_TIMEOUT_MS_MAX = 2**31 - 1
+
+
+def connect(dir: str | os.PathLike[str] | None = None) -> Node:
+    """Connect to the samepage daemons of this host.
+
+    Args:
+        dir: their socket directory; default: $SAMEPAGE_DIR, else /run/samepage.
+
+    Raises:
+        NotRunningError: no merger answers there.
+        ServiceUnavailableError: it accepts and then does not answer.
+        ProtocolVersionError: it speaks another version of the protocol.
+    """
+    return Node(dir)
+
+
+class _Connection:
+    """Owns the library's node: freed once, by close() or when nothing needs it any more."""
+
+    def __init__(self, directory: str) -> None:
+        self.lock = threading.Lock()
+        self.pid = os.getpid()
+        self.pointer = native.connect(directory)
+        self._finalizer = weakref.finalize(self, _disconnect, self.pointer, self.pid)
+        self._finalizer.atexit = False
+
+    @property
+    def closed(self) -> bool:
+        return not self._finalizer.alive
+
+    def close(self) -> None:
+        with self.lock:
+            self._finalizer()
+
+
+class Node:
+    """A connection to the daemons of this host; made by `connect()`, a context manager."""
+
+    def __init__(self, dir: str | os.PathLike[str] | None = None) -> None:
+        chosen = dir if dir is not None else os.environ.get("SAMEPAGE_DIR")
+        self._directory = os.fspath(chosen or DEFAULT_DIRECTORY)
+        self._connection = _Connection(self._directory)
+
+    @property
+    def dir(self) -> str:
+        """The daemons' socket directory."""
+        return self._directory
+
+    @property
+    def closed(self) -> bool:
+        """Whether close() was called."""
+        return self._connection.closed
+
+    def create_arena(self, name: str, size: int | str, domain: str | None = None) -> Arena:
+        """Make an arena: private memory, all zero, that this process reads and writes freely.
+
+        Args:
+            name: 1 to 127 bytes of UTF-8 without "/" or control characters, unique in its domain
+                on this host.
+            size: bytes, or text such as "512MiB"; rounded up to whole pages of 4096 bytes.
+            domain: who may share with it: 1 to 63 characters of [a-z0-9], "-" and "."; default
+                "default". Nothing is shared across domains.
+
+        Raises:
+            InvalidArgumentError: a bad name, domain or size.
+            NameTakenError: an arena of the domain on this host has the name.
+            OutOfMemoryError: more than the machine or the address space has.
+            ServiceUnavailableError: the merger is away.
+            ClosedError, ForkedError: as they say.
+        """
+        count = parse_size(size)
+        check_fits(count)
+        _refuse_fork(self._connection.pid)
+        with self._connection.lock:
+            if self.closed:
+                raise ClosedError("the node is closed: connect() again")
+            pointer = native.create_arena(self._connection.pointer, name, domain, count)
+        return Arena(self._connection, pointer, name, domain or DEFAULT_DOMAIN)
+
+    def arenas(self) -> list[ArenaInfo]:
+        """Return the arenas of this host, of all processes, ordered by domain and name.
+
+        For operators: root, and the user that runs the daemons.
+
+        Raises:
+            NotRunningError: no merger, or this user is no operator.
+            ServiceUnavailableError: the merger is away.
+            ClosedError, ForkedError: as they say.
+        """
+        from samepage import host  # here: gRPC takes a while to import
+
+        self._check_usable()
+        return host.list_arenas(self._directory)
+
+    def stats(self) -> NodeStats:
+        """Return what the merger of this host holds and has done; for operators, as arenas().
+
+        Raises:
+            NotRunningError, ServiceUnavailableError, ClosedError, ForkedError: as arenas().
+        """
+        from samepage import host
+
+        self._check_usable()
+        return host.node_stats(self._directory)
+
+    def close(self) -> None:
+        """End the connection and the sharing of its arenas. Views stay valid. Twice is fine.
+
+        Raises:
+            ForkedError: in a child of the process that connected.
+        """
+        _refuse_fork(self._connection.pid)
+        self._connection.close()
+
+    def _check_usable(self) -> None:
+        _refuse_fork(self._connection.pid)
+        if self.closed:
+            raise ClosedError("the node is closed: connect() again")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<samepage.Node {self._directory!r}{' closed' if self.closed else ''}>"
+
+
+class Arena:
+    """A region of this process's memory that may be shared; made by `Node.create_arena()`.
+
+    A context manager: leaving it closes the arena. Methods may be called from any thread.
+    """
+
+    def __init__(
+        self, connection: _Connection, pointer: native.ArenaPointer, name: str, domain: str
+    ) -> None:
+        self._connection = connection
+        self._pointer = pointer
+        self._name = name
+        self._domain = domain
+        self._size = native.arena_size(pointer)
+        self._memory: ctypes.Array[ctypes.c_ubyte] | None = _own(connection, pointer, self._size)
+
+    @property
+    def name(self) -> str:
+        """Its name, unique in its domain on this host."""
+        return self._name
+
+    @property
+    def domain(self) -> str:
+        """Who may share with it."""
+        return self._domain
+
+    @property
+    def size(self) -> int:
+        """Bytes, in whole pages."""
+        return self._size
+
+    @property
+    def closed(self) -> bool:
+        """Whether it, or its node, was closed."""
+        return self._memory is None or self._connection.closed
+
+    @property
+    def buffer(self) -> memoryview:
+        """A writable view of the arena's bytes, for numpy.frombuffer and the like.
+
+        Stays valid after close(), with the same bytes, for as long as anything refers to it.
+
+        Raises:
+            ClosedError, ForkedError: as they say.
+        """
+        return memoryview(self._open()).cast("B")
+
+    def share(self, timeout: float = 30.0) -> ShareReport:
+        """Merge the pages that are equal to others on this host, now; wait until done.
+
+        Args:
+            timeout: seconds.
+
+        Raises:
+            ShareTimeoutError: it took longer; what was begun goes on.
+            ServiceUnavailableError: the scanner or the merger is away.
+            UnsupportedKernelError: the kernel lacks what it takes.
+            InvalidArgumentError: a timeout that is no positive number.
+            ClosedError, ForkedError: as they say.
+        """
+        milliseconds = _milliseconds(timeout)
+        memory = self._open()
+        try:
+            return native.share(self._pointer, milliseconds)
+        finally:
+            del memory
+
+    def stats(self) -> ArenaStats:
+        """Count the arena's pages by state, as the kernel shows them.
+
+        Raises:
+            ClosedError, ForkedError: as they say.
+        """
+        memory = self._open()
+        try:
+            return native.stats(self._pointer)
+        finally:
+            del memory
+
+    def unshare(self) -> None:
+        """Make every page private again; later passes may merge them once more.
+
+        Raises:
+            OutOfMemoryError: there is no memory for the copies.
+            ClosedError, ForkedError: as they say.
+        """
+        memory = self._open()
+        try:
+            native.unshare(self._pointer)
+        finally:
+            del memory
+
+    def close(self) -> None:
+        """End the sharing: every page private, the name free. Views stay valid. Twice is fine.
+
+        Raises:
+            OutOfMemoryError: there is no memory for the copies; the arena stays open.
+            ForkedError: in a child of the process that made it.
+        """
+        _refuse_fork(self._connection.pid)
+        memory = self._memory
+        if memory is None:
+            return
+        if not self._connection.closed:
+            native.close(self._pointer)
+        self._memory = None
+        del memory
+
+    def _open(self) -> ctypes.Array[ctypes.c_ubyte]:
+        """Return the memory; whoever holds it may use the pointer."""
+        _refuse_fork(self._connection.pid)
+        memory = self._memory
+        if memory is None or self._connection.closed:
+            raise ClosedError(f"the arena {self._name!r} is closed")
+        return memory
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = " closed" if self.closed else ""
+        return f"<samepage.Arena {self._domain}/{self._name} {self._size} bytes{state}>"
+
+
+def _own(
+    connection: _Connection, pointer: native.ArenaPointer, size: int
+) -> ctypes.Array[ctypes.c_ubyte]:
+    """Return the arena's memory as an object whose end unmaps it.
+
+    The finalizer holds the connection, so that sharing goes on while only views are left.
+    """
+    kind: type[ctypes.Array[ctypes.c_ubyte]] = type("_Memory", (ctypes.c_ubyte * size,), {})
+    memory = kind.from_address(native.arena_data(pointer))
+    finalizer = weakref.finalize(memory, _free, pointer, connection)
+    finalizer.atexit = False
+    return memory
+
+
+def _free(pointer: native.ArenaPointer, connection: _Connection) -> None:
+    if os.getpid() == connection.pid:
+        native.free(pointer)
+
+
+def _disconnect(pointer: native.NodePointer, pid: int) -> None:
+    if os.getpid() == pid:
+        native.disconnect(pointer)
+
+
+def _refuse_fork(pid: int) -> None:
+    if os.getpid() != pid:
+        raise ForkedError(
+            f"process {os.getpid()} was forked from {pid}, and arenas are not inherited: "
+            "connect() anew"
+        )
+
+
+def _milliseconds(timeout: float) -> int:
+    if isinstance(timeout, bool) or not isinstance(timeout, int | float):
+        raise InvalidArgumentError(f"the timeout {timeout!r} is no number of seconds")
+    if not math.isfinite(timeout) or timeout <= 0:
+        raise InvalidArgumentError(f"a timeout of {timeout!r} seconds is not positive and finite")
+    return min(math.ceil(timeout * 1000), _TIMEOUT_MS_MAX)

@@ -1,0 +1,57 @@
+"""What operators ask the merger of a host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from samepage import rpc
+from samepage.reports import ArenaInfo, NodeStats
+from samepage.v1 import merger_pb2, merger_pb2_grpc
+
+
+def list_arenas(directory: str) -> list[ArenaInfo]:
+    """Return the arenas of the host, ordered by domain and name.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: no merger answers.
+    """
+    with rpc.channel(rpc.socket_address(Path(directory), rpc.MERGER_SOCKET)) as channel:
+        stub = merger_pb2_grpc.MergerStub(channel)
+        answer = stub.ListArenas(merger_pb2.ListArenasRequest(), timeout=rpc.TIMEOUT_SECONDS)
+    arenas = (
+        ArenaInfo(
+            name=arena.name,
+            domain=arena.domain,
+            pid=arena.pid,
+            pages=arena.pages,
+            shared_pages=arena.shared_pages,
+            saved_bytes=arena.saved_bytes,
+        )
+        for arena in answer.arenas
+    )
+    return sorted(arenas, key=lambda arena: (arena.domain, arena.name))
+
+
+def node_stats(directory: str) -> NodeStats:
+    """Return what the merger holds and has done.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: no merger answers.
+    """
+    with rpc.channel(rpc.socket_address(Path(directory), rpc.MERGER_SOCKET)) as channel:
+        stub = merger_pb2_grpc.MergerStub(channel)
+        status = stub.GetMergerStatus(
+            merger_pb2.GetMergerStatusRequest(), timeout=rpc.TIMEOUT_SECONDS
+        )
+    return NodeStats(
+        node=status.node,
+        agents=status.agents,
+        arenas=status.arenas,
+        shared_pages=status.shared_pages,
+        slots=status.slots,
+        store_bytes=status.store_bytes,
+        saved_bytes=status.saved_bytes,
+        merged_total=status.merged_total,
+        restored_total=status.restored_total,
+        cpu_seconds=status.cpu_seconds,
+    )
