@@ -1,0 +1,272 @@
+"""The agents' connections: what they announce, and what they say of their mappings."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import structlog
+
+from samepage.daemon import secrets, wire
+from samepage.daemon.peers import Peer
+from samepage.errors import InvalidArgumentError
+from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session, State
+from samepage_merger.runs import Int64s, batches, expand, unique, within
+
+WINDOW_BYTES = wire.READ_PAGES_MAX * wire.PAGE_SIZE
+ARENA_PAGES_MAX = 2**36
+ARENAS_PER_AGENT_MAX = 4096
+
+_BATCH_PAGES = 1 << 20
+_LONG_RANGE = 1 << 16
+
+log = structlog.get_logger(__name__)
+
+
+class _Announcement:
+    """How far the extents of an arena have come."""
+
+    def __init__(self, extents: int, seq: int) -> None:
+        self.left = extents
+        self.seq = seq
+        self.next_page = 0
+
+
+class Agents:
+    """Handler of the peers on merger.sock.
+
+    Args:
+        domains: the books to keep.
+        wake: called when an arena went to limbo.
+    """
+
+    def __init__(self, domains: Domains, wake: Callable[[], None]) -> None:
+        self._domains = domains
+        self._wake = wake
+        self._sessions: dict[Peer, Session] = {}
+        self._by_agent: dict[bytes, Session] = {}
+        self._announcements: dict[Arena, _Announcement] = {}
+        self._messages = {
+            wire.Type.ARENA_OPEN: self._open,
+            wire.Type.ARENA_CLOSE: self._close,
+            wire.Type.EXTENTS: self._extents,
+            wire.Type.RESTORED: self._restored,
+            wire.Type.ACCOUNT: self._account,
+        }
+
+    def __len__(self) -> int:
+        return len(self._sessions)
+
+    def find(self, agent: bytes, number: int) -> Arena | None:
+        """Return an open arena of a connected agent."""
+        session = self._by_agent.get(agent)
+        arena = session.arenas.get(number) if session is not None else None
+        return arena if arena is not None and arena.state is State.OPEN else None
+
+    def connected(self, peer: Peer) -> None:
+        """Welcome a peer; a newer connection of the same process replaces the older."""
+        older = self._by_agent.get(peer.agent)
+        if older is not None:
+            if (older.peer.uid, older.peer.pid) != (peer.uid, peer.pid):
+                log.warning("an agent's number that another process has", pid=peer.pid)
+                peer.close()
+                return
+            older.peer.close()
+        session = Session(peer)
+        self._sessions[peer] = session
+        self._by_agent[peer.agent] = session
+
+    def disconnected(self, peer: Peer) -> None:
+        """Put the peer's arenas into limbo: a broken connection is not a death."""
+        session = self._sessions.pop(peer, None)
+        if session is None:
+            return
+        del self._by_agent[peer.agent]
+        for arena in (*session.arenas.values(), *session.closing):
+            self._announcements.pop(arena, None)
+            arena.domain.disconnect(arena)
+        self._wake()
+
+    def received(self, peer: Peer, message: wire.Message, descriptors: Sequence[int]) -> None:
+        """Apply one message.
+
+        Raises:
+            ProtocolError: the peer must be dropped.
+        """
+        handle = self._messages.get(message.type)
+        if handle is None:
+            raise wire.ProtocolError(f"{message.type.name} is not for the merger")
+        try:
+            handle(self._sessions[peer], message, descriptors)
+        except RefusedError as refused:
+            peer.refuse(message, *refused.args)
+
+    def _open(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        wanted = wire.unpack_arena_open(message)
+        if message.arena == 0:
+            raise wire.ProtocolError("ARENA_OPEN of arena 0")
+        old = session.arenas.get(message.arena)
+        if old is not None and (old.lock != wanted.lock or old.state is not State.OPEN):
+            raise wire.ProtocolError(f"ARENA_OPEN of arena {message.arena}, which is open")
+        if old is None and len(session.arenas) >= ARENAS_PER_AGENT_MAX:
+            text = f"this process has {ARENAS_PER_AGENT_MAX} arenas: close some first"
+            raise RefusedError(errno.EMFILE, text)
+        domain = self._checked_domain(wanted)
+        try:
+            if wanted.lock and (descriptors or old is not None):
+                self._announce(session, message, wanted, domain, descriptors)
+            elif wanted.extents:
+                raise RefusedError(errno.ESTALE, _STALE)
+            else:
+                self._create(session, message, wanted, domain)
+        except MemoryError as error:
+            raise RefusedError(errno.ENOMEM, f"{error}: ask for less") from error
+        except OSError as error:
+            log.warning("cannot open a store for an agent", domain=domain.name, why=str(error))
+            text = f"the merger cannot open the domain's store ({error.strerror}): see its log"
+            raise RefusedError(error.errno or errno.EIO, text) from error
+
+    def _checked_domain(self, wanted: wire.ArenaOpen) -> Domain:
+        if not 0 < wanted.pages <= ARENA_PAGES_MAX:
+            text = f"an arena has 1 to {ARENA_PAGES_MAX} pages, not {wanted.pages}"
+            raise RefusedError(errno.EINVAL, text)
+        try:
+            secrets.check_name(wanted.name)
+            return self._domains.open(wanted.domain)
+        except InvalidArgumentError as error:
+            raise RefusedError(errno.EINVAL, str(error)) from error
+
+    def _create(
+        self, session: Session, message: wire.Message, wanted: wire.ArenaOpen, domain: Domain
+    ) -> None:
+        peer = session.peer
+        domain.claim(wanted.name, peer.agent)
+        arena, fd = domain.create(peer.agent, message.arena, wanted.name, wanted.pages)
+        arena.session = session
+        session.arenas[message.arena] = arena
+        try:
+            _answer_opened(peer, message.seq, arena, [fd])
+        finally:
+            os.close(fd)
+        log.debug("arena opened", domain=domain.name, name=arena.name, pages=arena.pages)
+
+    def _announce(
+        self,
+        session: Session,
+        message: wire.Message,
+        wanted: wire.ArenaOpen,
+        domain: Domain,
+        descriptors: Sequence[int],
+    ) -> None:
+        agent = session.peer.agent
+        old = session.arenas.get(message.arena)
+        if old is None:
+            if not domain.locks.proves(descriptors[0], wanted.lock):
+                raise RefusedError(errno.ESTALE, _STALE)
+            old = domain.limbo_of(agent, wanted.lock)
+        elif old.domain is not domain:
+            raise wire.ProtocolError("an arena does not change its domain")
+        domain.claim(wanted.name, agent, own=old)
+        arena = domain.announce(old, agent, message.arena, wanted.name, wanted.lock, wanted.pages)
+        arena.session = session
+        session.arenas[message.arena] = arena
+        self._announcements[arena] = _Announcement(wanted.extents, message.seq)
+        self._finish_if_complete(session, arena)
+
+    def _extents(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        arena = session.arenas.get(message.arena)
+        if arena is None:
+            # It was refused, which the agent did not know yet.
+            return
+        announcement = self._announcements.get(arena)
+        if announcement is None:
+            raise wire.ProtocolError("EXTENTS of an arena that is not being announced")
+        extents = wire.unpack_records(wire.EXTENT, message)
+        page, count, slot = extents["page"], extents["count"], extents["slot"]
+        if not within(page, count, arena.pages) or not within(
+            slot, count, arena.domain.store.slots
+        ):
+            raise wire.ProtocolError("EXTENTS outside the arena or the store")
+        if bool((slot == wire.ZERO_SLOT).any()):
+            raise wire.ProtocolError("EXTENTS with slot 0")
+        starts = np.append(page, np.uint64(arena.pages)).astype(np.int64)
+        ends = np.append(announcement.next_page, (page + count).astype(np.int64))
+        if bool((starts < ends).any()):
+            raise wire.ProtocolError("EXTENTS that overlap or do not ascend")
+        announcement.left -= extents.size
+        if announcement.left < 0:
+            raise wire.ProtocolError("more EXTENTS than announced")
+        announcement.next_page = int(ends[-1])
+        for run, offset, length in batches(count.astype(np.int64), _BATCH_PAGES):
+            arena.domain.extend(
+                arena,
+                expand(page[run].astype(np.int64) + offset, length),
+                expand(slot[run].astype(np.int64) + offset, length),
+            )
+        self._finish_if_complete(session, arena)
+
+    def _finish_if_complete(self, session: Session, arena: Arena) -> None:
+        announcement = self._announcements[arena]
+        if announcement.left:
+            return
+        del self._announcements[arena]
+        arena.domain.announced(arena)
+        _answer_opened(session.peer, announcement.seq, arena, [])
+        self._wake()
+        log.debug("arena announced again", domain=arena.domain.name, name=arena.name)
+
+    def _close(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        arena = session.arenas.get(message.arena)
+        if arena is None:
+            return
+        if arena.state is not State.OPEN:
+            raise wire.ProtocolError("ARENA_CLOSE before all EXTENTS")
+        del session.arenas[message.arena]
+        arena.domain.close(arena)
+        if arena.holds:
+            session.closing.add(arena)
+        log.debug("arena closed", domain=arena.domain.name, name=arena.name)
+
+    def _restored(
+        self, session: Session, message: wire.Message, descriptors: Sequence[int]
+    ) -> None:
+        ranges = wire.unpack_records(wire.RANGE, message)
+        arena = session.arenas.get(message.arena)
+        if arena is None:
+            # It was refused, or closed: nothing of it is in the books.
+            return
+        page, count = ranges["page"], ranges["count"]
+        if not within(page, count, arena.pages):
+            raise wire.ProtocolError("RESTORED outside the arena")
+        for pages in _mapped(arena, page.astype(np.int64), count.astype(np.int64)):
+            arena.domain.restore(arena, pages)
+
+    def _account(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        arena = session.arenas.get(message.arena)
+        if arena is None:
+            raise RefusedError(errno.ENOENT, "the merger does not know this arena: open it first")
+        payload = wire.ACCOUNTED.pack(arena.map.shared, arena.domain.books.saved_bytes(arena.map))
+        session.peer.send(wire.Type.ACCOUNTED, message.seq, message.arena, payload)
+
+
+_STALE = (
+    "these mappings are not of this merger's store: restore the pages from your own descriptor,"
+    " and open the arena anew"
+)
+
+
+def _answer_opened(peer: Peer, seq: int, arena: Arena, descriptors: Sequence[int]) -> None:
+    payload = wire.ARENA_OPENED.pack(arena.lock)
+    peer.send(wire.Type.ARENA_OPENED, seq, arena.number, payload, descriptors)
+
+
+def _mapped(arena: Arena, page: Int64s, count: Int64s) -> Iterable[Int64s]:
+    """Return pages of the ranges, at least all those that map a slot, each once a part."""
+    long = count > _LONG_RANGE
+    for first, length in zip(page[long].tolist(), count[long].tolist(), strict=True):
+        yield arena.map.mapped(first, length)
+    page, count = page[~long], count[~long]
+    for run, offset, length in batches(count, _BATCH_PAGES):
+        yield unique(expand(page[run] + offset, length))

@@ -1,0 +1,84 @@
+"""The merger's settings."""
+
+from __future__ import annotations
+
+import re
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from samepage.daemon.config import require, setting
+from samepage.daemon.logs import check_level
+from samepage.daemon.server import check_listen
+
+SECTION = "merger"
+
+_NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one merger. Raises ConfigError when one makes no sense."""
+
+    node: str = setting(
+        "",
+        "This host's name, unique in the cluster: 1 to 253 of A-Z a-z 0-9 . _ -. "
+        "Empty: the machine's host name.",
+    )
+    dir: Path = setting(
+        Path("/run/samepage"), "Directory of the host's sockets; the scanner's as well."
+    )
+    listen: str = setting(
+        "127.0.0.1:0",
+        "Address of the gRPC API, host:port. Port 0 takes any free one. "
+        "The API is always on unix:<dir>/merger-api.sock too, for the operator's user alone.",
+    )
+    secret_file: Path = setting(
+        Path("/etc/samepage/secret"),
+        "File with the cluster's secret, the same on every host, at least 16 bytes.",
+    )
+    store_dir: Path | None = setting(
+        None,
+        "Directory on a tmpfs for the shared pages, this merger's alone; made if missing. "
+        "Empty: /dev/shm/samepage-<node>.",
+    )
+    store_readonly_dir: Path | None = setting(
+        None,
+        "A second, read-only mount of store_dir, through which agents get their descriptors. "
+        "Empty: the merger makes one that no path leads to, which takes CAP_SYS_ADMIN.",
+    )
+    store_limit_bytes: int = setting(
+        0, "How many bytes of shared pages all domains may have together. 0: half of the tmpfs."
+    )
+    order_timeout_seconds: float = setting(
+        5.0,
+        "How long an agent has to answer an order, in seconds. The pages of one that does not "
+        "are left as they are, and the others go on.",
+    )
+    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
+    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
+    ready_file: Path | None = setting(
+        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
+    )
+    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
+
+    def __post_init__(self) -> None:
+        require(
+            bool(_NODE.fullmatch(self.node_name)),
+            f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
+        )
+        check_listen(self.listen)
+        require(self.store_limit_bytes >= 0, "store_limit_bytes must be 0 or more")
+        require(self.order_timeout_seconds > 0, "order_timeout_seconds must be more than 0")
+        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
+        check_level(self.log_level)
+
+    @property
+    def node_name(self) -> str:
+        """The host's name."""
+        return self.node or socket.gethostname()
+
+    @property
+    def store_path(self) -> Path:
+        """Where the store is."""
+        return self.store_dir or Path(f"/dev/shm/samepage-{self.node_name}")

@@ -1,0 +1,331 @@
+"""Domains and their arenas: what the merger knows, and when a slot may be freed.
+
+Rules. The first is the project's: a slot that any living process may still map is never punched.
+- What an arena's agent said counts for as long as its connection lasts. When that ends the arena
+  goes to limbo: nobody knows what its last orders did, so its references and the slots that its
+  orders in flight name stay until its lock is gone (then no process maps the store through that
+  descriptor any more), or until it proves the lock and announces itself again.
+- An arena maps the store through the one descriptor that its lock is on.
+- What is in the store's file but not in the books (from before this merger's start, or because
+  somebody touched a hole) is given back only when every lock that stands is one whose arena is
+  known in full.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import errno
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from samepage.daemon import secrets, wire
+from samepage.daemon.peers import Outcomes, Peer
+from samepage_merger.books import Books
+from samepage_merger.locks import StoreLocks
+from samepage_merger.pagemap import PRIVATE, PageMap
+from samepage_merger.runs import Int64s
+from samepage_merger.store import Store, StoreDirectory
+
+log = structlog.get_logger(__name__)
+
+
+class RefusedError(Exception):
+    """A request that cannot be met: `args` are an errno, and a text that says what to do."""
+
+
+class State(enum.Enum):
+    """Where an arena is in its life."""
+
+    ANNOUNCING = enum.auto()
+    OPEN = enum.auto()
+    LIMBO = enum.auto()
+    CLOSED = enum.auto()
+
+
+@dataclass(eq=False)
+class Session:
+    """One connection of an agent.
+
+    Attributes:
+        arenas: by number; open or announcing.
+        closing: closed arenas that orders in flight still name.
+        reading: whoever uses the window holds it.
+        overdue: orders that were not answered in time, and still are not.
+    """
+
+    peer: Peer
+    arenas: dict[int, Arena] = field(default_factory=dict)
+    closing: set[Arena] = field(default_factory=set)
+    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
+    overdue: int = 0
+
+    def caught_up(self) -> None:
+        """An order that was late has been answered."""
+        self.overdue -= 1
+
+
+@dataclass(eq=False)
+class Arena:
+    """One arena of one agent.
+
+    Attributes:
+        lock: the number of the lock on its store descriptor.
+        previous: what it mapped before it began to announce itself again.
+        holds: of orders in flight on its connection.
+        stale_holds: of orders whose connection ended before the answer.
+        promoting: held while pages of it are given slots.
+        restored: pages that became private again, ever.
+    """
+
+    domain: Domain
+    agent: bytes
+    number: int
+    name: str
+    lock: int
+    map: PageMap
+    session: Session | None = None
+    state: State = State.ANNOUNCING
+    previous: list[PageMap] = field(default_factory=list)
+    holds: set[int] = field(default_factory=set)
+    stale_holds: set[int] = field(default_factory=set)
+    promoting: asyncio.Lock = field(default_factory=asyncio.Lock)
+    restored: int = 0
+
+    @property
+    def pages(self) -> int:
+        """Size in pages."""
+        return self.map.pages
+
+
+class Domain:
+    """One domain: its store, its books, its arenas.
+
+    Attributes:
+        name: empty when only its store is known, from before this merger's start.
+        merged, restored: pages since start.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self.name = ""
+        self.seed = 0
+        self.store = store
+        self.locks = StoreLocks(store)
+        self.books = Books()
+        self.arenas: set[Arena] = set()
+        self.names: dict[str, Arena] = {}
+        self.merged = 0
+        self.restored = 0
+        self._known_locks: set[int] = set()
+
+    def claim(self, name: str, agent: bytes, own: Arena | None = None) -> None:
+        """Make sure that the agent may use a name for a new arena, or for `own`.
+
+        Raises:
+            RefusedError: another arena has it.
+        """
+        holder = self.names.get(name)
+        if holder is None or holder is own:
+            return
+        if holder.state is State.LIMBO:
+            if not self.locks.held(holder.lock):
+                self.forget(holder)
+                return
+            if holder.agent == agent:
+                del self.names[name]
+                return
+        raise RefusedError(
+            errno.EEXIST,
+            f"an arena named {name!r} exists in domain {self.name!r} on this host: choose another"
+            " name, or close that arena first",
+        )
+
+    def create(self, agent: bytes, number: int, name: str, pages: int) -> tuple[Arena, int]:
+        """Return a new open arena, and the store's descriptor for its agent (to be closed).
+
+        Raises:
+            MemoryError: there is no address space for its books.
+            OSError: the store cannot be opened.
+        """
+        page_map = self.books.open(pages)
+        try:
+            lock, fd = self.locks.issue()
+        except OSError:
+            self.books.close(page_map)
+            raise
+        self._known_locks.add(lock)
+        arena = Arena(self, agent, number, name, lock, page_map, state=State.OPEN)
+        self.arenas.add(arena)
+        self.names[name] = arena
+        return arena, fd
+
+    def limbo_of(self, agent: bytes, lock: int) -> Arena | None:
+        """Return the arena in limbo that has this lock."""
+        for arena in self.arenas:
+            if arena.state is State.LIMBO and arena.lock == lock and arena.agent == agent:
+                return arena
+        return None
+
+    def announce(
+        self, arena: Arena | None, agent: bytes, number: int, name: str, lock: int, pages: int
+    ) -> Arena:
+        """Begin to take in what an agent says its arena maps; `arena` is its earlier life.
+
+        Raises:
+            MemoryError: there is no address space for its books.
+        """
+        page_map = self.books.open(pages)
+        if arena is None:
+            arena = Arena(self, agent, number, name, lock, page_map)
+            self.arenas.add(arena)
+        else:
+            arena.previous.append(arena.map)
+            arena.map = page_map
+            arena.number = number
+            if self.names.get(arena.name) is arena:
+                del self.names[arena.name]
+            arena.name = name
+        arena.state = State.ANNOUNCING
+        self.names[name] = arena
+        return arena
+
+    def announced(self, arena: Arena) -> None:
+        """All is said: only that counts from now on."""
+        for page_map in arena.previous:
+            self.store.free(self.books.close(page_map))
+        arena.previous.clear()
+        self._release_all(arena.stale_holds)
+        self._known_locks.add(arena.lock)
+        arena.state = State.OPEN
+
+    def extend(self, arena: Arena, pages: Int64s, slots: Int64s) -> None:
+        """Take in mappings that an agent announced."""
+        self.books.adopt(slots)
+        self.store.free(self.books.map(arena.map, pages, slots))
+
+    def hold(self, arena: Arena, slots: Int64s) -> int:
+        """Keep slots that an order to this arena names; return the hold."""
+        hold = self.books.hold(slots)
+        arena.holds.add(hold)
+        return hold
+
+    def release(self, arena: Arena, hold: int) -> None:
+        """End the hold of an order that was answered."""
+        arena.holds.discard(hold)
+        self.store.free(self.books.release(hold))
+        if arena.state is State.CLOSED and not arena.holds and arena.session is not None:
+            arena.session.closing.discard(arena)
+
+    def replaced(self, arena: Arena, pages: Int64s, slots: Int64s, outcomes: Outcomes) -> None:
+        """Apply an order's outcomes."""
+        done = outcomes == wire.Outcome.MERGED
+        self.merged += int(np.count_nonzero(done))
+        if arena.state is not State.CLOSED:
+            self.store.free(self.books.map(arena.map, pages[done], slots[done]))
+
+    def restore(self, arena: Arena, pages: Int64s) -> None:
+        """Pages (each named once) map no slot any more; those that mapped none are ignored."""
+        pages = pages[arena.map.slots(pages) != PRIVATE]
+        arena.restored += pages.size
+        self.restored += pages.size
+        self.store.free(self.books.unmap(arena.map, pages))
+
+    def close(self, arena: Arena) -> None:
+        """The arena maps no slot any more; orders in flight keep their holds."""
+        self._drop_maps(arena)
+        arena.state = State.CLOSED
+        self.arenas.discard(arena)
+        if self.names.get(arena.name) is arena:
+            del self.names[arena.name]
+
+    def disconnect(self, arena: Arena) -> None:
+        """The agent's connection ended: keep everything until the lock is gone."""
+        arena.session = None
+        arena.state = State.LIMBO
+        arena.stale_holds |= arena.holds
+        arena.holds.clear()
+        self.arenas.add(arena)
+
+    def forget(self, arena: Arena) -> None:
+        """The arena's lock is gone, and with it every mapping of its process."""
+        self._release_all(arena.stale_holds)
+        self.close(arena)
+
+    def settle(self) -> bool:
+        """Free what no living process can map any more; return whether nothing is left waiting."""
+        for arena in [arena for arena in self.arenas if arena.state is State.LIMBO]:
+            if not self.locks.held(arena.lock):
+                self.forget(arena)
+        limbo = any(arena.state is State.LIMBO for arena in self.arenas)
+        return self._sweep() and not limbo
+
+    def _sweep(self) -> bool:
+        excess = self.store.resident_bytes() - len(self.books.table) * wire.PAGE_SIZE
+        if excess <= 0:
+            return True
+        standing = self.locks.live()
+        self._known_locks &= standing
+        if standing - self._known_locks:
+            return False
+        self.store.free_all_but(self.books.table.live())
+        log.info("freed slots that nobody maps", domain=self.name, bytes=excess)
+        return True
+
+    def _drop_maps(self, arena: Arena) -> None:
+        for page_map in (*arena.previous, arena.map):
+            self.store.free(self.books.close(page_map))
+        arena.previous.clear()
+
+    def _release_all(self, holds: set[int]) -> None:
+        while holds:
+            self.store.free(self.books.release(holds.pop()))
+
+
+class Domains:
+    """All domains of the host.
+
+    Args:
+        stores: where their files are.
+        secret: the cluster's, from which seeds and ids are derived.
+    """
+
+    def __init__(self, stores: StoreDirectory, secret: bytes) -> None:
+        self._stores = stores
+        self._secret = secret
+        self._domains: dict[bytes, Domain] = {}
+        for domain_id in stores.existing():
+            self._domains[domain_id] = Domain(stores.open(domain_id))
+
+    def __iter__(self) -> Iterator[Domain]:
+        return iter(self._domains.values())
+
+    def open(self, name: str) -> Domain:
+        """Return a domain by name; made if missing.
+
+        Raises:
+            InvalidArgumentError: no domain can have that name.
+            OSError: its store cannot be opened.
+        """
+        domain_id = secrets.domain_id(self._secret, name)
+        if domain_id not in self._domains:
+            self._domains[domain_id] = Domain(self._stores.open(domain_id))
+        domain = self._domains[domain_id]
+        domain.name = name
+        domain.seed = secrets.domain_seed(self._secret, name)
+        return domain
+
+    def arenas(self) -> Iterator[Arena]:
+        """All arenas that have a name, those in limbo too."""
+        for domain in self:
+            yield from domain.names.values()
+
+    def resident_bytes(self) -> int:
+        """Bytes of all stores."""
+        return self._stores.resident_bytes()
+
+    def close(self) -> None:
+        """Close the stores, and remove those that no process can map."""
+        self._stores.close(lambda domain_id: not self._domains[domain_id].locks.live())

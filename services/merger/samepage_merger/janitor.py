@@ -1,0 +1,37 @@
+"""Frees what no living process can map any more, as soon as the kernel says so."""
+
+from __future__ import annotations
+
+import asyncio
+
+from samepage_merger.domains import Domains
+
+_BUSY_SECONDS = 0.2
+_IDLE_SECONDS = 5.0
+
+
+class Janitor:
+    """The loop that looks after arenas in limbo and slots that nobody knows."""
+
+    def __init__(self, domains: Domains) -> None:
+        self._domains = domains
+        self._woken = asyncio.Event()
+
+    def wake(self) -> None:
+        """There may be something to do."""
+        self._woken.set()
+
+    def run_once(self) -> bool:
+        """Free what can be freed; return whether nothing is left waiting."""
+        return all([domain.settle() for domain in self._domains])
+
+    async def run_forever(self) -> None:
+        """Look often while something waits, and now and then otherwise."""
+        while True:
+            self._woken.clear()
+            pause = _IDLE_SECONDS if self.run_once() else _BUSY_SECONDS
+            try:
+                async with asyncio.timeout(pause):
+                    await self._woken.wait()
+            except TimeoutError:
+                continue

@@ -1,0 +1,129 @@
+"""The merger as a service: what it is made of, and in which order it starts and ends."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+from pathlib import Path
+
+import grpc
+import structlog
+
+from samepage.daemon.config import ConfigError
+from samepage.daemon.peers import PeerServer
+from samepage.daemon.secrets import read_secret
+from samepage.daemon.server import UNIX, Health
+from samepage.v1 import merger_pb2, merger_pb2_grpc
+from samepage_merger.agents import WINDOW_BYTES, Agents
+from samepage_merger.config import Config
+from samepage_merger.domains import Domains
+from samepage_merger.janitor import Janitor
+from samepage_merger.merging import MergeEngine
+from samepage_merger.orders import Orders
+from samepage_merger.pairs import Fingerprint, Tools
+from samepage_merger.servicer import MergerServicer
+from samepage_merger.store import StoreDirectory
+from samepage_merger.unsharing import Unsharer
+
+AGENT_SOCKET = "merger.sock"
+API_SOCKET = "merger-api.sock"
+
+_USERFAULTFD = "/dev/userfaultfd"
+
+log = structlog.get_logger(__name__)
+
+
+class MergerService:
+    """One host's merger.
+
+    Args:
+        fingerprint: fingerprints of (bytes, pages, seed), 16 bytes a page.
+    """
+
+    name = "merger"
+
+    def __init__(self, config: Config, fingerprint: Fingerprint) -> None:
+        self._config = config
+        self._fingerprint = fingerprint
+        self._resources = contextlib.ExitStack()
+        self._servicer: MergerServicer | None = None
+        self._janitor: asyncio.Task[None] | None = None
+        self.listen = (config.listen, f"{UNIX}{config.dir / API_SOCKET}")
+        self.health = Health([merger_pb2.DESCRIPTOR.services_by_name["Merger"].full_name])
+        self.drain_seconds = config.drain_seconds
+        self.ready_file: Path | None = config.ready_file
+        self.reflection = config.reflection
+
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add the servicer; `start` comes first."""
+        assert self._servicer is not None
+        merger_pb2_grpc.add_MergerServicer_to_server(self._servicer, server)
+
+    async def start(self) -> None:
+        """Open the store, and listen to agents.
+
+        Raises:
+            ConfigError: the secret or the socket directory will not do.
+            StoreError: the store's directory will not do.
+        """
+        config = self._config
+        secret = read_secret(config.secret_file)
+        stores = StoreDirectory(
+            config.store_path, config.store_readonly_dir, config.store_limit_bytes
+        )
+        domains = Domains(stores, secret)
+        self._resources.callback(domains.close)
+        janitor = Janitor(domains)
+        agents = Agents(domains, janitor.wake)
+        orders = Orders(config.order_timeout_seconds)
+        engine = MergeEngine(agents.find, Tools(orders, self._fingerprint))
+        self._servicer = MergerServicer(
+            config.node_name, domains, agents, engine, Unsharer(domains, orders)
+        )
+        self._start_peers(agents)
+        self._janitor = asyncio.ensure_future(janitor.run_forever())
+        self._janitor.add_done_callback(self._janitor_ended)
+        # What is there now lives as long as the process: no collection needs to look at it.
+        gc.freeze()
+
+    async def drain(self) -> None:
+        """Nothing to end: calls in flight finish their steps."""
+
+    async def close(self) -> None:
+        """Let go of the agents, and of what no process maps."""
+        if self._janitor is not None:
+            self._janitor.cancel()
+            await asyncio.wait({self._janitor})
+        self._resources.close()
+
+    def _janitor_ended(self, janitor: asyncio.Task[None]) -> None:
+        if not janitor.cancelled() and (error := janitor.exception()) is not None:
+            log.error("the janitor failed: slots are no longer freed", exc_info=error)
+            self.health.set("janitor", False)
+
+    def _start_peers(self, agents: Agents) -> None:
+        descriptors = []
+        try:
+            fd = os.open(_USERFAULTFD, os.O_RDWR | os.O_CLOEXEC)
+        except OSError as error:
+            log.warning(
+                "agents that may not use userfaultfd by themselves can share nothing",
+                path=_USERFAULTFD,
+                why=error.strerror,
+            )
+        else:
+            self._resources.callback(os.close, fd)
+            descriptors.append(fd)
+        path = self._config.dir / AGENT_SOCKET
+        server = PeerServer(path, agents, WINDOW_BYTES, descriptors)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            server.start()
+        except OSError as error:
+            raise ConfigError(
+                f"cannot listen on {path} ({error.strerror}): set dir to a directory that the"
+                " merger may write, with a path of less than 90 bytes"
+            ) from error
+        self._resources.callback(server.stop)

@@ -1,0 +1,129 @@
+"""The merger's gRPC API: converts, and delegates."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import numpy as np
+
+from samepage.daemon.wire import PAGE_SIZE
+from samepage.errors import InvalidArgumentError, NotFoundError
+from samepage.v1 import merger_pb2, merger_pb2_grpc
+from samepage_merger.agents import Agents
+from samepage_merger.domains import Arena, Domains
+from samepage_merger.merging import MergeEngine, Progress
+from samepage_merger.unsharing import Unsharer
+
+_COLUMNS = (
+    "merged",
+    "differs",
+    "pinned",
+    "absent",
+    "busy",
+    "no_mapping",
+    "unsupported",
+    "gone",
+)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class MergerServicer(merger_pb2_grpc.MergerServicer):
+    """Serves samepage.v1.Merger."""
+
+    def __init__(
+        self,
+        node: str,
+        domains: Domains,
+        agents: Agents,
+        engine: MergeEngine,
+        unsharer: Unsharer,
+    ) -> None:
+        self._node = node
+        self._domains = domains
+        self._agents = agents
+        self._engine = engine
+        self._unsharer = unsharer
+
+    async def Merge(
+        self, request: merger_pb2.MergeRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.MergeResponse]:
+        """Make candidates one."""
+        keys = [(key.agent, key.arena) for key in request.arenas]
+        try:
+            merging = self._engine.merge(request.domain, keys, request.runs)
+            async with contextlib.aclosing(merging):
+                async for progress in merging:
+                    yield _response(progress)
+        except InvalidArgumentError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        yield merger_pb2.MergeResponse(done=True)
+
+    async def ListArenas(
+        self, request: merger_pb2.ListArenasRequest, context: Context
+    ) -> merger_pb2.ListArenasResponse:
+        """Every arena by domain and name."""
+        arenas = sorted(self._domains.arenas(), key=lambda a: (a.domain.name, a.name))
+        return merger_pb2.ListArenasResponse(arenas=[_arena(arena) for arena in arenas])
+
+    async def Unshare(
+        self, request: merger_pb2.UnshareRequest, context: Context
+    ) -> merger_pb2.UnshareResponse:
+        """Every page of an arena private again."""
+        try:
+            restored = await self._unsharer.unshare(request.domain or "default", request.arena)
+        except InvalidArgumentError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        except NotFoundError as error:
+            await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+        except TimeoutError as error:
+            await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
+        return merger_pb2.UnshareResponse(restored=restored)
+
+    async def GetMergerStatus(
+        self, request: merger_pb2.GetMergerStatusRequest, context: Context
+    ) -> merger_pb2.GetMergerStatusResponse:
+        """What the books say."""
+        domains = list(self._domains)
+        shared_pages = sum(domain.books.shared_pages() for domain in domains)
+        slots = sum(domain.books.table.referenced() for domain in domains)
+        return merger_pb2.GetMergerStatusResponse(
+            node=self._node,
+            agents=len(self._agents),
+            arenas=sum(1 for _ in self._domains.arenas()),
+            shared_pages=shared_pages,
+            slots=slots,
+            store_bytes=self._domains.resident_bytes(),
+            saved_bytes=(shared_pages - slots) * PAGE_SIZE,
+            merged_total=sum(domain.merged for domain in domains),
+            restored_total=sum(domain.restored for domain in domains),
+            cpu_seconds=time.process_time(),
+        )
+
+
+def _response(progress: Progress) -> merger_pb2.MergeResponse:
+    rows = np.flatnonzero(progress.outcomes.sum(axis=1)).tolist()
+    return merger_pb2.MergeResponse(
+        outcomes=[
+            merger_pb2.ArenaOutcome(
+                arena=row, **dict(zip(_COLUMNS, progress.outcomes[row].tolist(), strict=True))
+            )
+            for row in rows
+        ],
+        pages_done=progress.pages_done,
+    )
+
+
+def _arena(arena: Arena) -> merger_pb2.Arena:
+    return merger_pb2.Arena(
+        name=arena.name,
+        domain=arena.domain.name,
+        pid=arena.session.peer.pid if arena.session is not None else 0,
+        pages=arena.pages,
+        shared_pages=arena.map.shared,
+        saved_bytes=arena.domain.books.saved_bytes(arena.map),
+    )

@@ -1,0 +1,152 @@
+"""The slots of one store that live, with what is known of each.
+
+Slot numbers only grow and are never used twice, so the live ones get sparse over time. They are
+kept in arrays sorted by number: a new slot goes to the end, a freed one stays until half of the
+entries are dead and the arrays are packed. Memory is thus 28 bytes a live slot, at most three
+times that for a moment, however large the numbers are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage_merger.runs import Int64s, unique
+
+FINGERPRINT_BYTES = 16
+
+_CAPACITY_MIN = 1024
+_DEAD = -1
+
+Fingerprints = npt.NDArray[np.uint8]
+
+
+class SlotTable:
+    """References and fingerprint of each live slot. Slots without references may live too."""
+
+    def __init__(self) -> None:
+        self._slots = np.empty(_CAPACITY_MIN, np.int64)
+        self._references = np.empty(_CAPACITY_MIN, np.int32)
+        self._fingerprints = np.empty((_CAPACITY_MIN, FINGERPRINT_BYTES), np.uint8)
+        self._used = 0
+        self._dead = 0
+
+    def __len__(self) -> int:
+        return self._used - self._dead
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the table takes."""
+        return self._slots.nbytes + self._references.nbytes + self._fingerprints.nbytes
+
+    def live(self) -> Int64s:
+        """Return all live slots, ascending."""
+        slots: Int64s = self._slots[: self._used][self._references[: self._used] != _DEAD]
+        return slots
+
+    def total_references(self) -> int:
+        """Return the sum of all slots' references."""
+        return int(self._references[: self._used].sum(dtype=np.int64)) + self._dead
+
+    def referenced(self) -> int:
+        """Return how many slots have at least one reference."""
+        return int(np.count_nonzero(self._references[: self._used] > 0))
+
+    def missing(self, slots: Int64s) -> Int64s:
+        """Return those of the slots that do not live, each once, ascending."""
+        slots = unique(slots)
+        found, _ = self._find(slots)
+        return slots[~found]
+
+    def add(self, slots: Int64s, fingerprints: Fingerprints) -> None:
+        """Enter slots (ascending, each once, none alive) with no references."""
+        if self._used and slots.size and slots[0] <= self._slots[self._used - 1]:
+            self._insert(slots, fingerprints)
+            return
+        end = self._used + slots.size
+        self._reserve(end)
+        self._slots[self._used : end] = slots
+        self._references[self._used : end] = 0
+        self._fingerprints[self._used : end] = fingerprints
+        self._used = end
+
+    def reference(self, slots: Int64s) -> None:
+        """Add a reference for each slot named; a slot may be named many times."""
+        np.add.at(self._references, self._at(slots), 1)
+
+    def unreference(self, slots: Int64s) -> Int64s:
+        """Drop a reference for each slot named; return those left without, ascending."""
+        at = self._at(slots)
+        np.subtract.at(self._references, at, 1)
+        at = unique(at)
+        left: Int64s = self._slots[at[self._references[at] == 0]]
+        return left
+
+    def references(self, slots: Int64s) -> Int64s:
+        """Return the references of each slot; 0 where it does not live."""
+        found, at = self._find(slots)
+        return np.where(found, self._references[at], 0).astype(np.int64)
+
+    def fingerprints(self, slots: Int64s) -> Fingerprints:
+        """Return the fingerprints of live slots, 16 bytes each; zeros where not known."""
+        prints: Fingerprints = self._fingerprints[self._at(slots)]
+        return prints
+
+    def remove(self, slots: Int64s) -> None:
+        """Forget live slots, each named once."""
+        self._references[self._at(slots)] = _DEAD
+        self._dead += slots.size
+        if self._dead > max(len(self), _CAPACITY_MIN):
+            alive = self._references[: self._used] != _DEAD
+            self._set(
+                self._slots[: self._used][alive],
+                self._references[: self._used][alive],
+                self._fingerprints[: self._used][alive],
+            )
+
+    def _find(self, slots: Int64s) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
+        if not self._used:
+            return np.zeros(slots.size, np.bool_), np.zeros(slots.size, np.intp)
+        at = np.searchsorted(self._slots[: self._used], slots)
+        at = np.minimum(at, self._used - 1)
+        return (self._slots[at] == slots) & (self._references[at] != _DEAD), at
+
+    def _at(self, slots: Int64s) -> npt.NDArray[np.intp]:
+        found, at = self._find(slots)
+        if not found.all():
+            raise KeyError(f"slots that do not live: {slots[~found][:8].tolist()}")
+        return at
+
+    def _insert(self, slots: Int64s, fingerprints: Fingerprints) -> None:
+        alive = self._references[: self._used] != _DEAD
+        all_slots = np.concatenate((self._slots[: self._used][alive], slots))
+        order = np.argsort(all_slots, kind="stable")
+        references = np.concatenate(
+            (self._references[: self._used][alive], np.zeros(slots.size, np.int32))
+        )
+        prints = np.concatenate((self._fingerprints[: self._used][alive], fingerprints))
+        self._set(all_slots[order], references[order], prints[order])
+
+    def _set(
+        self, slots: Int64s, references: npt.NDArray[np.int32], fingerprints: Fingerprints
+    ) -> None:
+        self._used = 0
+        self._dead = 0
+        self._slots = np.empty(0, np.int64)
+        self._references = np.empty(0, np.int32)
+        self._fingerprints = np.empty((0, FINGERPRINT_BYTES), np.uint8)
+        self._reserve(slots.size)
+        self._used = slots.size
+        self._slots[: self._used] = slots
+        self._references[: self._used] = references
+        self._fingerprints[: self._used] = fingerprints
+
+    def _reserve(self, size: int) -> None:
+        if size <= self._slots.size:
+            return
+        capacity = max(_CAPACITY_MIN, size + size // 4)
+        for name in ("_slots", "_references", "_fingerprints"):
+            old = getattr(self, name)
+            new = np.empty((capacity, *old.shape[1:]), old.dtype)
+            new[: self._used] = old[: self._used]
+            setattr(self, name, new)

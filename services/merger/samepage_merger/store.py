@@ -1,0 +1,290 @@
+"""The store: one file a domain on a tmpfs, which only the merger can write.
+
+Rules. A slot is one page of the file; slot 0 is never given. The file only grows, and the next
+slot is always its end, so that a slot's number is never used twice, over restarts neither: an
+agent that maps a slot can never see bytes that were meant for another. What is free goes back to
+the kernel by punching holes. Agents get descriptors through a read-only mount (see view.py).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import structlog
+
+from samepage.daemon.wire import PAGE_SIZE
+from samepage_merger.runs import Int64s, join
+from samepage_merger.view import ReadOnlyView, StoreError
+
+_TMPFS_MAGIC = 0x0102_1994
+_PUNCH_HOLE = 0x2
+_KEEP_SIZE = 0x1
+_WARN_SECONDS = 60.0
+_SUFFIX = ".store"
+_NAME = re.compile(r"[0-9a-f]{32}\.store")
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
+_fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+log = structlog.get_logger(__name__)
+
+
+class StoreFullError(Exception):
+    """The store has no room for these pages now."""
+
+
+class StoreDirectory:
+    """All stores of a host, and how much they may hold together.
+
+    Args:
+        path: a directory on a tmpfs; made if missing, for this user alone.
+        readonly_dir: a read-only mount of it, or None to make one.
+        limit_bytes: what all stores may hold; 0 for half of the tmpfs.
+
+    Raises:
+        StoreError: the directory will not do, or another merger has it.
+    """
+
+    def __init__(self, path: Path, readonly_dir: Path | None = None, limit_bytes: int = 0) -> None:
+        self.path = path
+        self._stores: dict[str, Store] = {}
+        self._made_view = readonly_dir is None
+        self._fd = _lock_directory(path)
+        try:
+            _check_tmpfs(path)
+            _check_huge(path)
+            self.view = ReadOnlyView(path, readonly_dir)
+        except StoreError:
+            os.close(self._fd)
+            raise
+        self.limit_bytes = limit_bytes or _half_of(path)
+        self._next_warning = 0.0
+
+    def open(self, domain_id: bytes) -> Store:
+        """Return the store of a domain; made if missing."""
+        name = f"{domain_id.hex()}{_SUFFIX}"
+        if name not in self._stores:
+            self._stores[name] = Store(self, name, self._fd)
+        return self._stores[name]
+
+    def existing(self) -> Iterator[bytes]:
+        """The ids of the domains that have a store here, from an earlier merger too."""
+        for name in sorted(os.listdir(self._fd)):
+            if _NAME.fullmatch(name):
+                yield _domain_id(name)
+            else:
+                log.warning("a file that is no store", path=str(self.path / name))
+
+    def resident_bytes(self) -> int:
+        """Bytes that all stores hold, as their block counts tell."""
+        return sum(store.resident_bytes() for store in self._stores.values())
+
+    def has_room(self, pages: int) -> bool:
+        """Return whether that many more pages are within the limit; warns now and then if not."""
+        if self.resident_bytes() + pages * PAGE_SIZE <= self.limit_bytes:
+            return True
+        self.warn_full("store_limit_bytes is reached")
+        return False
+
+    def warn_full(self, why: str) -> None:
+        """Log that pages were refused, at most once a minute."""
+        now = time.monotonic()
+        if now >= self._next_warning:
+            self._next_warning = now + _WARN_SECONDS
+            log.warning(
+                "the store is full: pages stay private until some are freed, or the limit is"
+                " raised",
+                why=why,
+                store=str(self.path),
+                resident_bytes=self.resident_bytes(),
+                limit_bytes=self.limit_bytes,
+            )
+
+    def close(self, unused: Callable[[bytes], bool] = lambda domain_id: False) -> None:
+        """Close every store, and remove those that `unused` says nobody maps."""
+        for name, store in self._stores.items():
+            if unused(_domain_id(name)):
+                os.unlink(name, dir_fd=self._fd)
+            store.close()
+        self._stores.clear()
+        self.view.close()
+        if self._made_view and not os.listdir(self._fd):
+            _remove_directory(self.path)
+        os.close(self._fd)
+
+
+class Store:
+    """One domain's file of slots.
+
+    Attributes:
+        fd: the merger's own descriptor, for reading and writing; never locked.
+        slots: the size of the file in slots; the next one to be given.
+    """
+
+    def __init__(self, directory: StoreDirectory, name: str, directory_fd: int) -> None:
+        self._directory = directory
+        self.name = name
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.fd = os.open(name, flags, 0o600, dir_fd=directory_fd)
+        size = os.fstat(self.fd).st_size
+        self.slots = max(1, -(-size // PAGE_SIZE))
+        os.ftruncate(self.fd, self.slots * PAGE_SIZE)
+
+    def open_for_agent(self) -> int:
+        """Return a new open file description that nobody can write through."""
+        return self._directory.view.open(self.name)
+
+    def allocate(self, pages: int) -> int:
+        """Return the first of as many new consecutive slots, all zero and with memory of their own.
+
+        Raises:
+            StoreFullError: the limit or the tmpfs has no room; nothing was allocated.
+        """
+        if not self._directory.has_room(pages):
+            raise StoreFullError
+        try:
+            os.posix_fallocate(self.fd, self.slots * PAGE_SIZE, pages * PAGE_SIZE)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                raise
+            self._directory.warn_full(os.strerror(error.errno))
+            raise StoreFullError from error
+        first = self.slots
+        self.slots += pages
+        return first
+
+    def has_room(self, pages: int) -> bool:
+        """Return whether that many pages more are within the limit of all stores."""
+        return self._directory.has_room(pages)
+
+    def write(self, slot: int, data: bytes | bytearray | memoryview) -> None:
+        """Fill allocated slots from `slot` on; only ever before anyone was told of them."""
+        view = memoryview(data)
+        offset = slot * PAGE_SIZE
+        while view:
+            written = os.pwrite(self.fd, view, offset)
+            view = view[written:]
+            offset += written
+
+    def read(self, slot: int, pages: int) -> bytes:
+        """Return the bytes of consecutive slots."""
+        return os.pread(self.fd, pages * PAGE_SIZE, slot * PAGE_SIZE)
+
+    def free(self, slots: Int64s) -> None:
+        """Give back the memory of slots (ascending) that no living process maps."""
+        if not slots.size:
+            return
+        first, count = join(slots)
+        for offset, size in zip(
+            (first * PAGE_SIZE).tolist(), (count * PAGE_SIZE).tolist(), strict=True
+        ):
+            self._punch(offset, size)
+
+    def free_all_but(self, live: Int64s) -> None:
+        """Give back every slot that is not in `live` (ascending), and whatever is in slot 0."""
+        first, count = join(live)
+        starts = [0, *((first + count) * PAGE_SIZE).tolist()]
+        ends = [*(first * PAGE_SIZE).tolist(), self.slots * PAGE_SIZE]
+        for start, end in zip(starts, ends, strict=True):
+            if end > start:
+                self._punch(start, end - start)
+
+    def resident_bytes(self) -> int:
+        """Bytes of memory (or swap) that the file holds."""
+        return os.fstat(self.fd).st_blocks * 512
+
+    def close(self) -> None:
+        """Close the merger's own descriptor."""
+        os.close(self.fd)
+
+    def _punch(self, offset: int, size: int) -> None:
+        while _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size) != 0:
+            error = ctypes.get_errno()
+            if error != errno.EINTR:
+                raise OSError(error, os.strerror(error))
+
+
+def _domain_id(name: str) -> bytes:
+    return bytes.fromhex(name.removesuffix(_SUFFIX))
+
+
+def _lock_directory(path: Path) -> int:
+    """Return the directory's descriptor, which keeps other mergers out as long as it is open."""
+    while True:
+        fd = _open_directory(path)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(fd)
+            raise StoreError(
+                f"another merger uses store_dir {path}: stop it first, or give this one a"
+                " store_dir of its own"
+            ) from error
+        # A merger that just stopped may have removed the directory between open and lock.
+        if path.is_dir() and os.path.samestat(os.fstat(fd), path.stat()):
+            return fd
+        os.close(fd)
+
+
+def _open_directory(path: Path) -> int:
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    except OSError as error:
+        raise StoreError(
+            f"cannot use store_dir {path} ({error.strerror}): set store_dir to a directory on a"
+            " tmpfs that the merger owns"
+        ) from error
+    return fd
+
+
+def _remove_directory(path: Path) -> None:
+    try:
+        path.rmdir()
+    except OSError as error:
+        log.info("the store's directory stays", path=str(path), why=error.strerror)
+
+
+def _check_tmpfs(path: Path) -> None:
+    buffer = ctypes.create_string_buffer(256)
+    if _libc.statfs(os.fsencode(path), buffer) != 0:
+        raise StoreError(f"cannot stat {path}: {os.strerror(ctypes.get_errno())}")
+    kind = ctypes.c_long.from_buffer(buffer).value
+    if kind != _TMPFS_MAGIC:
+        raise StoreError(
+            f"store_dir {path} is not on a tmpfs (its file system is 0x{kind:x}): set store_dir to"
+            " a directory under /dev/shm, or mount a tmpfs there"
+        )
+
+
+def _check_huge(path: Path) -> None:
+    # Punching a part of a huge page zeroes it in place, under whoever still has the page pinned
+    # for I/O or in a pipe; single pages are let go of untouched.
+    device = os.stat(path).st_dev
+    wanted = f"{os.major(device)}:{os.minor(device)}"
+    with open("/proc/self/mountinfo", encoding="utf-8", errors="surrogateescape") as mounts:
+        for line in mounts:
+            fields = line.split()
+            if fields[2] != wanted:
+                continue
+            huge = [o for o in fields[-1].split(",") if o.startswith("huge=")]
+            if huge and huge != ["huge=never"]:
+                raise StoreError(
+                    f"the tmpfs of store_dir {path} is mounted with {huge[0]}, where a freed slot"
+                    " is zeroed while I/O may still read it: mount it with huge=never"
+                )
+
+
+def _half_of(path: Path) -> int:
+    status = os.statvfs(path)
+    size = status.f_blocks * status.f_frsize
+    # A tmpfs without a size limit shows none: memory is the limit then.
+    return (size or os.sysconf("SC_PHYS_PAGES") * PAGE_SIZE) // 2

@@ -1,0 +1,406 @@
+"""An agent that speaks the merger's protocol, with arrays for memory and an honest model of them.
+
+A page that maps a slot has no bytes of its own here: what the application sees is read from the
+store through the descriptor that the merger gave. So a slot that was freed too early, or written
+again, shows as wrong bytes.
+
+Also a program: `python fake_merging_agent.py SOCKET NAME SEED PAGES [stall]` opens an arena of
+pseudo-random pages, prints "open" when it is, and obeys orders; with `stall` it carries the first
+REPLACE out, prints "stalled" and never answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import mmap
+import os
+import secrets
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage.daemon import wire
+from samepage.daemon.wire import Outcome
+
+Pages = npt.NDArray[np.uint8]
+ALL_FEATURES = 0x3F
+
+
+class RefusedError(Exception):
+    """The merger refused: `args` are errno and text."""
+
+
+class FakeArena:
+    """An arena: private bytes, and the slots that pages map."""
+
+    def __init__(
+        self, owner: FakeMergingAgent, number: int, name: str, domain: str, data: Pages
+    ) -> None:
+        self.owner = owner
+        self.number = number
+        self.name = name
+        self.domain = domain
+        self.data = data
+        self.slots = np.zeros(len(data), np.int64)
+        self.pinned = np.zeros(len(data), np.bool_)
+        self.absent = np.zeros(len(data), np.bool_)
+        self.lock = 0
+        self.store = -1
+
+    @property
+    def pages(self) -> int:
+        return len(self.data)
+
+    def view(self) -> bytes:
+        """What the application sees."""
+        return b"".join(self.page(page) for page in range(self.pages))
+
+    def page(self, page: int) -> bytes:
+        """What the application sees in a page."""
+        slot = int(self.slots[page])
+        if slot:
+            return os.pread(self.store, wire.PAGE_SIZE, slot * wire.PAGE_SIZE)
+        private: bytes = self.data[page].tobytes()
+        return private
+
+    def take_back(self, page: int) -> None:
+        """Restore one page."""
+        if self.slots[page]:
+            self.data[page] = np.frombuffer(self.page(page), np.uint8)
+            self.slots[page] = 0
+
+    def extents(self) -> npt.NDArray[np.void]:
+        """What the arena maps, run by run."""
+        pages = np.flatnonzero(self.slots)
+        slots = self.slots[pages]
+        new = np.ones(pages.size, np.bool_)
+        new[1:] = (np.diff(pages) != 1) | (np.diff(slots) != 1)
+        starts = np.flatnonzero(new)
+        extents = np.empty(starts.size, wire.EXTENT)
+        extents["page"] = pages[starts]
+        extents["slot"] = slots[starts]
+        extents["count"] = np.diff(np.append(starts, pages.size))
+        return extents
+
+    def leave_store(self) -> None:
+        """Restore everything and let go of the store."""
+        for page in np.flatnonzero(self.slots).tolist():
+            self.take_back(page)
+        os.close(self.store)
+        self.store = -1
+        self.lock = 0
+
+
+class FakeMergingAgent:
+    """One agent.
+
+    Attributes:
+        obey: clear it, and orders wait until it is set again.
+        lie: given an order's outcomes, returns the ones to send instead.
+        ordered: set when a message of this type has come.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.agent = secrets.token_bytes(16)
+        self.arenas: dict[int, FakeArena] = {}
+        self.obey = asyncio.Event()
+        self.obey.set()
+        self.lie: Callable[[Pages], Pages] = lambda outcomes: outcomes
+        self.before_order: Callable[[wire.Message], None] = lambda order: None
+        self.orders: list[wire.Type] = []
+        self.arrived = asyncio.Condition()
+        self.ended = asyncio.Event()
+        self.welcome_descriptors = 0
+        self._sock: socket.socket | None = None
+        self._window: mmap.mmap | None = None
+        self._seq = 0
+        self._answers: dict[int, asyncio.Future[tuple[wire.Message, list[int]]]] = {}
+        self._receiver: asyncio.Task[None] | None = None
+
+    async def connect(self) -> None:
+        """Connect and take the welcome."""
+        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._sock.connect(str(self.path))
+        self._sock.setblocking(False)
+        self.ended = asyncio.Event()
+        self._receiver = asyncio.ensure_future(self._receive(self._sock))
+        payload = wire.HELLO.pack(self.agent, os.getpid(), ALL_FEATURES)
+        welcome, fds = await self.request(wire.Type.HELLO, 0, payload)
+        size, flags, _ = wire.unpack(wire.WELCOME, welcome)
+        self.welcome_descriptors = len(fds)
+        assert len(fds) == 1 + (flags & 1)
+        self._window = mmap.mmap(fds[0], size)
+        for fd in fds:
+            os.close(fd)
+
+    async def open(
+        self, name: str, data: Pages, domain: str = "default", pages: int | None = None
+    ) -> FakeArena:
+        """Open a new arena with these pages."""
+        arena = FakeArena(self, len(self.arenas) + 1, name, domain, data.copy())
+        await self.announce(arena, pages=pages)
+        self.arenas[arena.number] = arena
+        return arena
+
+    async def announce(
+        self,
+        arena: FakeArena,
+        *,
+        extents: npt.NDArray[np.void] | None = None,
+        fd: int | None = None,
+        pages: int | None = None,
+    ) -> None:
+        """Announce an arena as it is, or with other extents or another descriptor."""
+        runs = arena.extents() if extents is None else extents
+        name, domain = arena.name.encode(), arena.domain.encode()
+        payload = (
+            wire.ARENA_OPEN.pack(
+                arena.pages if pages is None else pages,
+                arena.lock,
+                runs.size,
+                len(name),
+                len(domain),
+            )
+            + name
+            + domain
+        )
+        passed = arena.store if fd is None else fd
+        asked = self.begin(
+            wire.Type.ARENA_OPEN, arena.number, payload, [passed] if passed >= 0 else []
+        )
+        for low in range(0, runs.size, 2000):
+            self.send(wire.Type.EXTENTS, arena.number, runs[low : low + 2000].tobytes())
+        opened, fds = await asked
+        (arena.lock,) = wire.unpack(wire.ARENA_OPENED, opened)
+        if fds:
+            assert arena.store < 0
+            arena.store = fds[0]
+
+    def begin(
+        self, kind: wire.Type, arena: int, payload: bytes = b"", fds: Sequence[int] = ()
+    ) -> asyncio.Future[tuple[wire.Message, list[int]]]:
+        """Send a request; return its answer to come."""
+        self._seq += 1
+        future = asyncio.get_running_loop().create_future()
+        self._answers[self._seq] = future
+        self.send(kind, arena, payload, self._seq, fds)
+        return future
+
+    async def request(
+        self, kind: wire.Type, arena: int, payload: bytes = b""
+    ) -> tuple[wire.Message, list[int]]:
+        """Send a request and wait for its answer."""
+        async with asyncio.timeout(10):
+            return await self.begin(kind, arena, payload)
+
+    def send(
+        self,
+        kind: wire.Type,
+        arena: int,
+        payload: bytes = b"",
+        seq: int = 0,
+        fds: Sequence[int] = (),
+    ) -> None:
+        """Send a message."""
+        self.send_packet(wire.pack(kind, seq, arena, payload), fds)
+
+    def send_packet(self, packet: bytes, fds: Sequence[int] = ()) -> None:
+        """Send whatever bytes."""
+        assert self._sock is not None
+        socket.send_fds(self._sock, [packet], list(fds))
+
+    async def account(self, arena: FakeArena) -> tuple[int, int]:
+        """Return the merger's account of an arena: shared pages, saved bytes."""
+        answer, _ = await self.request(wire.Type.ACCOUNT, arena.number)
+        shared, saved = wire.unpack(wire.ACCOUNTED, answer)
+        return shared, saved
+
+    def write(self, arena: FakeArena, page: int, data: bytes, count: int = 1) -> None:
+        """Write to the start of pages as the application does; shared ones are restored first."""
+        shared = bool(arena.slots[page : page + count].any())
+        for number in range(page, page + count):
+            arena.take_back(number)
+            arena.data[number, : len(data)] = np.frombuffer(data, np.uint8)
+        if shared and self._sock is not None:
+            self.send(wire.Type.RESTORED, arena.number, wire.PAGE_RANGE.pack(page, count))
+
+    async def close_arena(self, arena: FakeArena) -> None:
+        """End the sharing of an arena; returns when the merger knows."""
+        arena.leave_store()
+        del self.arenas[arena.number]
+        self.send(wire.Type.ARENA_CLOSE, arena.number)
+        await self.flushed()
+
+    async def flushed(self) -> None:
+        """Return when the merger has handled all that was sent."""
+        answer = self.begin(wire.Type.ACCOUNT, 0xFFFF)
+        try:
+            await answer
+        except RefusedError as refused:
+            assert refused.args[0] == errno.ENOENT
+
+    async def until_ordered(self, kind: wire.Type, times: int = 1) -> None:
+        """Wait until so many orders of a kind have come, obeyed or not."""
+        async with asyncio.timeout(10), self.arrived:
+            await self.arrived.wait_for(lambda: self.orders.count(kind) >= times)
+
+    async def disconnect(self) -> None:
+        """End the connection; memory, mappings and the store's descriptors stay."""
+        if self._sock is None:
+            return
+        sock, self._sock = self._sock, None
+        if self._receiver is not None:
+            self._receiver.cancel()
+            await asyncio.wait({self._receiver})
+        sock.close()
+        self._answers.clear()
+
+    async def die(self) -> None:
+        """End as a process does: everything is closed."""
+        await self.disconnect()
+        for arena in self.arenas.values():
+            if arena.store >= 0:
+                os.close(arena.store)
+        self.arenas.clear()
+
+    async def _receive(self, sock: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            readable = loop.create_future()
+            loop.add_reader(sock, _resolve, readable)
+            try:
+                await readable
+            finally:
+                loop.remove_reader(sock)
+            try:
+                packet, fds, _, _ = socket.recv_fds(sock, wire.MESSAGE_MAX + 1, 4)
+            except ConnectionError:
+                packet, fds = b"", []
+            if not packet:
+                self.ended.set()
+                for future in self._answers.values():
+                    if not future.done():
+                        future.set_exception(ConnectionError())
+                        future.exception()
+                return
+            await self._handle(wire.parse(packet), fds)
+
+    async def _handle(self, message: wire.Message, fds: list[int]) -> None:
+        answer = self._answers.pop(message.seq, None) if message.type not in _ORDERS else None
+        if answer is not None and message.type is wire.Type.REFUSED:
+            (error,) = wire.REFUSED.unpack_from(message.payload)
+            answer.set_exception(RefusedError(error, message.payload[4:].decode()))
+            answer.exception()
+        elif answer is not None:
+            answer.set_result((message, fds))
+        elif message.type in _ORDERS:
+            async with self.arrived:
+                self.orders.append(message.type)
+                self.arrived.notify_all()
+            self.before_order(message)
+            await self.obey.wait()
+            self._obey(message)
+
+    def _obey(self, order: wire.Message) -> None:
+        arena = self.arenas.get(order.arena)
+        if arena is None:
+            self._done(order, errno.ENOENT)
+        elif order.type is wire.Type.READ:
+            self._read(arena, order)
+        elif order.type is wire.Type.REPLACE:
+            self._done(order, 0, self.lie(self.replace(arena, order)))
+        else:
+            page, count = wire.unpack(wire.PAGE_RANGE, order)
+            for number in range(page, page + count):
+                arena.take_back(number)
+            self.send(wire.Type.RESTORED, arena.number, order.payload)
+            self._done(order, 0)
+
+    def _read(self, arena: FakeArena, order: wire.Message) -> None:
+        page, count = wire.unpack(wire.PAGE_RANGE, order)
+        assert self._window is not None
+        assert 0 < count <= wire.READ_PAGES_MAX and page + count <= arena.pages
+        for number in range(count):
+            low = number * wire.PAGE_SIZE
+            self._window[low : low + wire.PAGE_SIZE] = arena.page(page + number)
+        absent = arena.absent[page : page + count]
+        self._done(order, 0, np.where(absent, Outcome.ABSENT, 0).astype(np.uint8))
+
+    def replace(self, arena: FakeArena, order: wire.Message) -> Pages:
+        """Carry out a REPLACE; return its outcomes."""
+        runs, _ = wire.REPLACE.unpack_from(order.payload)
+        extents = np.frombuffer(order.payload, wire.EXTENT, offset=wire.REPLACE.size)
+        assert extents.size == runs
+        outcomes = [
+            self._replace_page(arena, page + at, slot + at if slot else 0)
+            for page, count, slot in extents.tolist()
+            for at in range(count)
+        ]
+        assert len(outcomes) <= wire.REPLACE_PAGES_MAX
+        return np.array(outcomes, np.uint8)
+
+    def _replace_page(self, arena: FakeArena, page: int, slot: int) -> Outcome:
+        if arena.absent[page]:
+            return Outcome.ABSENT
+        if arena.slots[page]:
+            return Outcome.BUSY
+        if arena.pinned[page]:
+            return Outcome.PINNED
+        wanted = bytes(wire.PAGE_SIZE)
+        if slot:
+            assert (slot + 1) * wire.PAGE_SIZE <= os.fstat(arena.store).st_size
+            wanted = os.pread(arena.store, wire.PAGE_SIZE, slot * wire.PAGE_SIZE)
+        if arena.data[page].tobytes() != wanted:
+            return Outcome.DIFFERS
+        if slot:
+            arena.slots[page] = slot
+            arena.data[page] = 0xEE
+        else:
+            arena.absent[page] = True
+        return Outcome.MERGED
+
+    def _done(self, order: wire.Message, error: int, outcomes: Pages | None = None) -> None:
+        sent = np.empty(0, np.uint8) if outcomes is None else outcomes
+        payload = wire.DONE.pack(error, sent.size) + sent.tobytes()
+        self.send(wire.Type.DONE, order.arena, payload, order.seq)
+
+
+_ORDERS = frozenset({wire.Type.READ, wire.Type.REPLACE, wire.Type.RESTORE})
+
+
+def _resolve(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def random_pages(seed: int, pages: int) -> Pages:
+    """Return pages that all differ, the same for the same seed."""
+    generator = np.random.default_rng(seed)
+    return generator.integers(0, 256, (pages, wire.PAGE_SIZE), np.uint8)
+
+
+async def _main(path: str, name: str, seed: str, pages: str, mode: str = "") -> None:
+    agent = FakeMergingAgent(Path(path))
+    await agent.connect()
+    arena = await agent.open(name, random_pages(int(seed), int(pages)))
+
+    def stall(order: wire.Message) -> None:
+        if order.type is wire.Type.REPLACE:
+            agent.replace(arena, order)
+            agent.obey.clear()
+            print("stalled", flush=True)
+
+    if mode == "stall":
+        agent.before_order = stall
+    print("open", flush=True)
+    await agent.ended.wait()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main(*sys.argv[1:]))
