@@ -68,7 +68,9 @@ native: $(STAMPS)/system-build ## Build libsamepage
 .PHONY: native-test
 native-test: $(STAMPS)/system-build ## Run the C library's own tests
 	@echo "==> running the C tests"
-	@$(MAKE) -C native --silent test
+	@$(MAKE) -C native --silent test | tee $(STAMPS)/native-test.log
+	@if [ -n "$$SAMEPAGE_NO_SKIPS" ] && grep -q '^SKIP' $(STAMPS)/native-test.log; then \
+	    $(PYTHON) tests/needs.py; fi
 
 .PHONY: bench
 bench: $(STAMPS)/dev native ## Measure, side by side with kernel samepage merging

@@ -1,7 +1,8 @@
 """What tests need of the machine, probed independently of the code under test.
 
 A test says `@pytest.mark.needs("move", "io_uring")`, or calls `pytest.skip(reason("io_uring"))`.
-With SAMEPAGE_NO_SKIPS=1 a skip is a failure, unless the kernel truly lacks the feature.
+With SAMEPAGE_NO_SKIPS=1 a skip is a failure, unless the kernel truly lacks the feature. Run as a
+program, this says what the kernel lacks, and fails when that is nothing: a skip has no excuse then.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import re
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,3 +105,15 @@ def excused(text: str) -> bool:
     found = re.search(r"needs ([a-z_]+):", text)
     need = NEEDS.get(found[1]) if found else None
     return need is not None and need.kernel and not need.present() and _root()
+
+
+def main() -> None:
+    """Say what the kernel lacks; exit with 1 when it lacks nothing that tests need."""
+    lacking = [reason(name) for name, need in NEEDS.items() if need.kernel and not need.present()]
+    if not lacking or not _root():
+        sys.exit("a test was skipped that this kernel can run")
+    print("\n".join(lacking))
+
+
+if __name__ == "__main__":
+    main()

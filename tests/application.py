@@ -1,0 +1,258 @@
+"""A real application process for tests: one that uses the public client, driven over its pipes.
+
+`Application(directory)` starts it; a method call runs in it and returns what it returns. Bytes are
+made there from a seed, so that large memory never crosses the pipe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+PAGE = 4096
+_PR_SET_DUMPABLE = 4
+
+
+class ApplicationError(Exception):
+    """The call raised in the application; `kind` is the exception's class name."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+class Application:
+    """The test's side."""
+
+    def __init__(
+        self, directory: Path, *, env: dict[str, str] | None = None, user: int | None = None
+    ) -> None:
+        settings = {**os.environ, "SAMEPAGE_DIR": str(directory), **(env or {})}
+        command = [sys.executable, __file__] + ([] if user is None else [str(user)])
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=settings,
+        )
+        self.pid = self.process.pid
+
+    def start(self, call: str, *args: object) -> None:
+        """Begin a call; `finish` waits for its result."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps([call, *args]) + "\n")
+        self.process.stdin.flush()
+
+    def finish(self) -> Any:
+        """Return the result of the call that was begun."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise ApplicationError("EOFError", f"it ended with {self.process.wait()}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise ApplicationError(*answer["error"])
+        return answer["result"]
+
+    def call(self, call: str, *args: object) -> Any:
+        """Run a function of `Served` there and return its result."""
+        self.start(call, *args)
+        return self.finish()
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(20)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait()
+        self.process.stdout.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+
+def content(seed: int, pages: int) -> bytes:
+    """The bytes that `fill` writes."""
+    return random.Random(seed).randbytes(pages * PAGE)
+
+
+class Served:
+    """The application's side: every method may be called."""
+
+    def __init__(self) -> None:
+        import samepage
+
+        if len(sys.argv) > 1:
+            become(int(sys.argv[1]))
+        self.node = samepage.connect()
+        self.arenas: dict[str, samepage.Arena] = {}
+        self.views: dict[str, memoryview] = {}
+
+    def create(self, name: str, pages: int, domain: str | None = None) -> None:
+        """Make an arena and take a view of it."""
+        self.arenas[name] = self.node.create_arena(name, pages * PAGE, domain)
+        self.views[name] = self.arenas[name].buffer
+
+    def fill(self, name: str, seed: int, page: int = 0, pages: int | None = None) -> None:
+        """Write bytes made from a seed."""
+        view = self.views[name]
+        pages = len(view) // PAGE - page if pages is None else pages
+        view[page * PAGE : (page + pages) * PAGE] = content(seed, pages)
+
+    def write(self, name: str, offset: int, data: str) -> None:
+        """Write bytes given in hex."""
+        raw = bytes.fromhex(data)
+        self.views[name][offset : offset + len(raw)] = raw
+
+    def count_up(self, name: str, rounds: int) -> None:
+        """Add one to a counter in every page, so many times."""
+        view = self.views[name]
+        for _ in range(rounds):
+            for at in range(0, len(view), PAGE):
+                struct.pack_into("<Q", view, at, struct.unpack_from("<Q", view, at)[0] + 1)
+
+    def read(self, name: str, offset: int, length: int) -> str:
+        """Return bytes in hex."""
+        return bytes(self.views[name][offset : offset + length]).hex()
+
+    def digest(self, name: str) -> str:
+        """SHA-256 of a view."""
+        return hashlib.sha256(self.views[name]).hexdigest()
+
+    def share(self, name: str, timeout: float = 30.0) -> dict[str, int]:
+        """Share an arena; the report's counters."""
+        from dataclasses import asdict
+
+        return asdict(self.arenas[name].share(timeout=timeout))
+
+    def stats(self, name: str) -> dict[str, int]:
+        """The arena's counters."""
+        from dataclasses import asdict
+
+        return asdict(self.arenas[name].stats())
+
+    def unshare(self, name: str) -> None:
+        """Make every page private."""
+        self.arenas[name].unshare()
+
+    def close(self, name: str, keep_view: bool = False) -> None:
+        """Close an arena."""
+        if not keep_view:
+            self.views.pop(name).release()
+        self.arenas.pop(name).close()
+
+    def disconnect(self) -> None:
+        """Close the node; views stay."""
+        self.node.close()
+
+    def pagemap(self, name: str) -> list[int]:
+        """The kernel's view: bits 63, 62 and 61 of every page's entry (present, swapped, file)."""
+        import ctypes
+
+        view = self.views[name]
+        address = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        with open("/proc/self/pagemap", "rb", buffering=0) as file:
+            file.seek(address // PAGE * 8)
+            entries = file.read(len(view) // PAGE * 8)
+        return [entry >> 61 for (entry,) in struct.iter_unpack("<Q", entries)]
+
+    def mappings(self, name: str) -> list[tuple[int, int, int, int]]:
+        """What /proc/self/maps says of an arena: (first page, pages, inode, first slot)."""
+        import ctypes
+
+        view = self.views[name]
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        found = []
+        with open("/proc/self/maps") as file:
+            for line in file:
+                span, _, offset, _, inode, *_ = line.split(maxsplit=5)
+                low, high = (int(part, 16) for part in span.split("-"))
+                if low < start + len(view) and high > start:
+                    first, last = max(low, start), min(high, start + len(view))
+                    slot = (int(offset, 16) + first - low) // PAGE if int(inode) else 0
+                    page = (first - start) // PAGE
+                    found.append((page, (last - first) // PAGE, int(inode), slot))
+        return found
+
+    def descriptors(self) -> int:
+        """How many file descriptors are open."""
+        return len(os.listdir("/proc/self/fd"))
+
+    def identity(self) -> tuple[int, int]:
+        """User id, and effective capabilities."""
+        with open("/proc/self/status") as file:
+            line = next(line for line in file if line.startswith("CapEff"))
+        return os.geteuid(), int(line.split()[1], 16)
+
+    def fork(self, name: str) -> dict[str, str]:
+        """Fork; the child says what the client tells it, then ends. The parent writes meanwhile."""
+        import samepage
+
+        reader, writer = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.close(reader)
+            told = {}
+            for call in ("share", "stats", "unshare", "close"):
+                try:
+                    getattr(self.arenas[name], call)()
+                    told[call] = "nothing"
+                except samepage.SamepageError as error:
+                    told[call] = type(error).__name__
+            with samepage.connect() as node, node.create_arena("of-the-child", PAGE) as arena:
+                arena.buffer[0] = 1
+                told["new"] = str(arena.stats().private)
+            os.write(writer, json.dumps(told).encode())
+            os._exit(0)
+        os.close(writer)
+        self.write(name, 0, "c0ffee")
+        with os.fdopen(reader) as pipe:
+            answers: dict[str, str] = json.loads(pipe.read())
+        _, status = os.waitpid(child, 0)
+        answers["status"] = str(status)
+        return answers
+
+
+def become(user: int) -> None:
+    """Go on as another user without any capability, as a program that was started as that user.
+
+    Only what is loaded already may be in a folder that the user cannot read.
+    """
+    import ctypes
+
+    os.setgroups([])
+    os.setgid(user)
+    os.setuid(user)
+    # the kernel hides /proc/self of a process that changed its user, but not after exec()
+    ctypes.CDLL(None).prctl(_PR_SET_DUMPABLE, 1)
+
+
+def main() -> None:
+    """Serve calls until standard input ends."""
+    served: Served | None = None
+    for line in sys.stdin:
+        call, *args = json.loads(line)
+        try:
+            served = served or Served()
+            answer: dict[str, object] = {"result": getattr(served, call)(*args)}
+        except Exception as error:
+            answer = {"error": [type(error).__name__, str(error)]}
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()
