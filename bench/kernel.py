@@ -51,6 +51,17 @@ def ksm_value(name: str) -> int:
     return int((KSM / name).read_text())
 
 
+def ksm_obstacle() -> str | None:
+    """Why KSM cannot be measured here, None when it can."""
+    if not KSM.is_dir():
+        return f"this kernel has no {KSM}"
+    if not os.access(KSM / "run", os.W_OK):
+        return f"only root may write {KSM}/run"
+    if ksm_value("run") or ksm_value("pages_shared"):
+        return "KSM is in use on this machine"
+    return None
+
+
 @contextmanager
 def ksm_flat_out() -> Iterator[None]:
     """KSM's settings for as fast as it goes, stopped; afterwards all are as they were."""

@@ -68,6 +68,8 @@ def ksm_run(size: int, run: int, env: dict[str, str]) -> Run:
         raise RuntimeError("no ksmd runs, though /sys/kernel/mm/ksm is there")
     wanted = equal_pages(size, run) * 99 // 100
     with ExitStack() as stack:
+        # what ended processes shared counts until KSM is told to let go
+        stack.callback((kernel.KSM / "run").write_text, "2")
         pids = [stack.enter_context(holder("ksm", size, run, env)).pid for _ in range(2)]
         stack.callback((kernel.KSM / "run").write_text, "0")
         before, cpu, start = kernel.pss(pids), kernel.cpu_seconds([thread]), time.monotonic()
@@ -110,15 +112,15 @@ async def measure(size: int, run: int, runs: int, env: dict[str, str]) -> list[R
     ours: list[Run] = []
     theirs: list[Run] = []
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as directory, ExitStack() as stack:
-        has_ksm = kernel.KSM.is_dir()
-        if has_ksm:
+        obstacle = kernel.ksm_obstacle()
+        if obstacle is None:
             stack.enter_context(kernel.ksm_flat_out())
         else:
-            print("no /sys/kernel/mm/ksm: measuring without the peer", file=sys.stderr)
+            print(f"measuring without the peer: {obstacle}", file=sys.stderr)
         async with LocalCluster(Path(directory), 1, lambda text: print(text, file=sys.stderr)) as c:
             for _ in range(runs):
                 ours.append(await asyncio.to_thread(arena_run, c, size, run, env))
-                if has_ksm:
+                if obstacle is None:
                     theirs.append(await asyncio.to_thread(ksm_run, size, run, env))
     name = f"2 x {size >> 20} MiB, " + (f"runs of {run} pages" if run else "all equal")
 

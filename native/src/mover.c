@@ -162,6 +162,7 @@ static void announce_all(struct sp_node *node)
 /* The store is not the merger's any more: leave it, and begin anew. */
 static void leave_store(struct sp_node *node, struct sp_arena *arena)
 {
+	arena->announced = false; /* its books were refused: nobody waits for notices */
 	sp_mover_restore(node, arena, 0, arena->pages);
 	close(arena->store);
 	arena->store = -1;
