@@ -6,6 +6,7 @@ made there from a seed, so that large memory never crosses the pipe.
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import os
@@ -118,12 +119,28 @@ class Served:
         raw = bytes.fromhex(data)
         self.views[name][offset : offset + len(raw)] = raw
 
-    def count_up(self, name: str, rounds: int) -> None:
-        """Add one to a counter in every page, so many times."""
+    def hammer(self, name: str, rounds: int) -> tuple[list[int], int]:
+        """Count up in every page while the arena is shared and unshared in turn.
+
+        Returns the counters that are not what was counted, and how many pages were merged.
+        """
         view = self.views[name]
-        for _ in range(rounds):
-            for at in range(0, len(view), PAGE):
-                struct.pack_into("<Q", view, at, struct.unpack_from("<Q", view, at)[0] + 1)
+
+        def count_up() -> None:
+            for number in range(1, rounds + 1):
+                for at in range(0, len(view), PAGE):
+                    assert struct.unpack_from("<Q", view, at)[0] == number - 1
+                    struct.pack_into("<Q", view, at, number)
+
+        merged = 0
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            counting = pool.submit(count_up)
+            while not counting.done():
+                merged += self.arenas[name].share().merged
+                self.arenas[name].unshare()
+            counting.result()
+        counters = [struct.unpack_from("<Q", view, at)[0] for at in range(0, len(view), PAGE)]
+        return [counter for counter in counters if counter != rounds], merged
 
     def read(self, name: str, offset: int, length: int) -> str:
         """Return bytes in hex."""

@@ -112,12 +112,19 @@ def unpack_holders(
 
 
 class IndexProcess:
-    """`samepage-index` as a process of its own; settings are those of its config."""
+    """`samepage-index` as a process of its own.
 
-    def __init__(self, folder: Path, **settings: object) -> None:
+    Args:
+        folder: for its ready file and log.
+        temporary: where it makes temporary directories.
+        settings: of its config.
+    """
+
+    def __init__(self, folder: Path, temporary: Path, **settings: object) -> None:
         self.ready_file = folder / "ready.json"
         self._log = folder / "index.log"
         env = {key: value for key, value in os.environ.items() if not key.startswith("SAMEPAGE_")}
+        env["TMPDIR"] = str(temporary)
         env["PYTHONPATH"] = os.pathsep.join(sys.path)
         settings = {"listen": "127.0.0.1:0", "ready_file": self.ready_file, **settings}
         env |= {f"SAMEPAGE_INDEX_{name.upper()}": str(value) for name, value in settings.items()}

@@ -7,6 +7,7 @@ import errno
 import gc
 import mmap
 import os
+import resource
 import signal
 import socket
 import sys
@@ -116,6 +117,23 @@ class TestOpening:
             host.assert_exact(*agents)
         assert stored_pages(host) == 0
         await agents[2].open("arena-0", random_pages(1, 1))
+
+    async def test_without_descriptors_an_agent_is_refused_and_the_others_go_on(
+        self, host: MergerHost, agents: list[FakeMergingAgent]
+    ) -> None:
+        used = len(os.listdir("/proc/self/fd"))
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        domain = host.domain
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1, hard))
+        try:
+            with pytest.raises(RefusedError) as refused:
+                await agents[0].open("arena", random_pages(1, 1))
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert refused.value.args[0] == errno.EMFILE
+        assert not domain.names and not domain.arenas
+        await agents[0].open("arena", random_pages(1, 1))
+        host.assert_exact(*agents)
 
 
 class TestBreakingOff:

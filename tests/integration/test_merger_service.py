@@ -18,6 +18,7 @@ import pytest
 from fakes.fake_merging_agent import FakeArena, FakeMergingAgent, random_pages
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.merger_host import open_directory, store_directory
+
 from samepage.daemon.wire import PAGE_SIZE, Outcome
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 from samepage_merger.config import Config
@@ -71,11 +72,13 @@ class Merger:
         self.process.send_signal(number)
         return await asyncio.to_thread(self.process.wait, 20)
 
-    async def merge(self, domain: str, arenas: list[FakeArena], *runs: object) -> object:
+    async def merge(
+        self, domain: str, arenas: list[FakeArena], *runs: tuple[int, int, int, int, int]
+    ) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
         request = merger_pb2.MergeRequest(
             domain=domain,
             arenas=[merger_pb2.ArenaKey(agent=a.owner.agent, arena=a.number) for a in arenas],
-            runs=np.array(runs, RUN).tobytes(),
+            runs=np.array(list(runs), RUN).tobytes(),
         )
         merged = np.zeros((len(arenas), 8), np.int64)
         responses = [response async for response in self.api.Merge(request)]
@@ -84,7 +87,7 @@ class Merger:
             for o in response.outcomes:
                 counts = (o.merged, o.differs, o.pinned, o.absent, o.busy, o.no_mapping)
                 merged[o.arena] += (*counts, o.unsupported, o.gone)
-        assert sum(r.pages_done for r in responses) == sum(run[4] for run in runs)  # type: ignore[index]
+        assert sum(r.pages_done for r in responses) == sum(run[4] for run in runs)
         return merged
 
     async def status(self) -> merger_pb2.GetMergerStatusResponse:
@@ -137,7 +140,6 @@ async def test_the_api(merger: Merger, agents: list[FakeMergingAgent]) -> None:
     arenas = [await agent.open(f"arena-{n}", data, "d") for n, agent in enumerate(agents)]
     zeros = [(ZERO_LEADER, n, 0, 0, 50) for n in range(2)]
     merged = await merger.merge("d", arenas, *zeros, (0, 1, 50, 50, PAGES - 50))
-    assert isinstance(merged, np.ndarray)
     assert merged[:, Outcome.MERGED].tolist() == [PAGES, PAGES]
     await merger.assert_exact(*arenas)
     listed = (await merger.api.ListArenas(merger_pb2.ListArenasRequest())).arenas

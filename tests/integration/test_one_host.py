@@ -88,6 +88,20 @@ def test_write_changes_one_process_alone(pair: tuple[Application, Application]) 
     assert two.call("pagemap", "b") == [SHARED] * PAGES
 
 
+def test_counting_while_pages_come_and_go(cluster: Running) -> None:
+    with Application(cluster.host()) as one, Application(cluster.host()) as two:
+        for application in (one, two):
+            # counters are equal most of the time, so that the pages of both merge
+            application.call("create", f"counters-{application.pid}", 256)
+            application.call("write", f"counters-{application.pid}", 0, "00" * 256 * PAGE)
+        for application in (one, two):
+            application.start("hammer", f"counters-{application.pid}", 300)
+        for application in (one, two):
+            lost, merged = application.finish()
+            assert lost == []
+            assert merged > 0
+
+
 def test_same_bytes_again_merge_again(pair: tuple[Application, Application]) -> None:
     one, two = pair
     two.call("share", "b")
@@ -213,20 +227,28 @@ def test_application_needs_no_privilege(cluster: Running) -> None:
         assert two.call("digest", "b") == digest(1)
 
 
-def test_c_and_python_share(cluster: Running, tmp_path: Path) -> None:
-    root = Path(__file__).parents[2]
-    subprocess.run(["make", "-s", "-C", str(root / "native"), "all", "examples"], check=True)
+@pytest.mark.needs("gcc")
+@pytest.mark.parametrize("sanitize", ["", "address,undefined", "thread"])
+def test_c_and_python_share(cluster: Running, tmp_path: Path, sanitize: str) -> None:
+    native = Path(__file__).parents[2] / "native"
+    subprocess.run(
+        ["make", "-s", "-C", native, "all", "examples", f"SANITIZE={sanitize}"], check=True
+    )
     file = tmp_path / "data"
     file.write_bytes(content(7, PAGES))
     with Application(cluster.host()) as python:
         python.call("create", "python", PAGES)
         python.call("fill", "python", 7)
         with subprocess.Popen(
-            [root / "native/build/examples/share", file],
+            [native / "build" / sanitize.replace(",", "-") / "examples/share", file],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "SAMEPAGE_DIR": str(cluster.host())},
+            env={
+                **os.environ,
+                "SAMEPAGE_DIR": str(cluster.host()),
+                "TSAN_OPTIONS": f"suppressions={native}/tests/tsan.supp",
+            },
         ) as c:
             assert c.stdout is not None
             assert f'"merged": {PAGES}' in c.stdout.readline()

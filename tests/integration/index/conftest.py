@@ -44,7 +44,7 @@ def start_index(tmp_path: Path) -> Iterator[StartIndex]:
     def start(**settings: object) -> IndexProcess:
         folder = tmp_path / f"index-{next(numbers)}"
         folder.mkdir()
-        started.append(IndexProcess(folder, **settings))
+        started.append(IndexProcess(folder, tmp_path, **settings))
         return started[-1]
 
     yield start

@@ -279,6 +279,25 @@ async def test_embedded_server_ends_with_a_killed_index(start_index: StartIndex)
     await ended(server)
 
 
+async def test_temporary_directories_of_killed_indexes_are_removed(
+    start_index: StartIndex, tmp_path: Path
+) -> None:
+    killed, running = start_index(), start_index()
+    await killed.ready()
+    await running.ready()
+    killed.kill()
+    assert len(list(tmp_path.glob("samepage-index-*/valkey.sock"))) == 2
+    stopped = start_index()
+    await stopped.ready()
+    assert len(list(tmp_path.glob("samepage-index-*/valkey.sock"))) == 2
+    stopped.process.terminate()
+    await stopped.wait()
+    assert len(list(tmp_path.glob("samepage-index-*"))) == 1
+    async with connected(await running.ready()) as client:
+        assert await client.serving()
+        assert (await client.stats()).entries == 0
+
+
 async def test_embedded_server_that_dies_is_replaced(start_index: StartIndex) -> None:
     process = start_index()
     async with connected(await process.ready()) as client:
