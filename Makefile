@@ -69,7 +69,7 @@ native: $(STAMPS)/system-build ## Build libsamepage
 native-test: $(STAMPS)/system-build ## Run the C library's own tests
 	@echo "==> running the C tests"
 	@$(MAKE) -C native --silent test | tee $(STAMPS)/native-test.log
-	@if [ -n "$$SAMEPAGE_NO_SKIPS" ] && grep -q '^SKIP' $(STAMPS)/native-test.log; then \
+	@if [ -n "$${SAMEPAGE_NO_SKIPS:-}" ] && grep -q '^SKIP' $(STAMPS)/native-test.log; then \
 	    $(PYTHON) tests/needs.py; fi
 
 .PHONY: bench

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from helpers.up import samepage, wait_until_gone
 
-from samepage.cli import places
+from samepage import native
+from samepage.cli import doctor, places
 from samepage.cli.child import Child, ChildError
 from samepage.cli.demo import files, measure
 from samepage.errors import InvalidArgumentError, NotRunningError
@@ -245,6 +246,18 @@ def test_doctor_says_what_still_works(tmp_path: Path, feature: str) -> None:
     assert check["state"] == "missing" and "still work" in check["detail"]
     table = samepage("doctor", "--dir", tmp_path, env=environment)
     assert table.returncode == 4 and "missing" in table.stdout
+
+
+@pytest.mark.needs("root", "userfaultfd")
+def test_doctor_does_not_guess_for_an_ordinary_user() -> None:
+    native.probe()  # loads the library, which the user below may not be able to read
+    child = os.fork()
+    if child == 0:
+        os.setuid(65534)
+        found = doctor._features(places.Cluster(()))
+        blind = [check for check in found if "cannot tell" in check.detail]
+        os._exit(not (len(blind) >= 4 and {check.state for check in blind} == {"warning"}))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_version_and_help() -> None:

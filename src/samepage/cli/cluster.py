@@ -177,9 +177,10 @@ class LocalCluster:
         env = {
             "SAMEPAGE_INDEX_LISTEN": _LOOPBACK,
             "SAMEPAGE_INDEX_READY_FILE": str(ready),
-            "SAMEPAGE_INDEX_DATA_DIR": str(self._directory / "index"),
             "SAMEPAGE_INDEX_DRAIN_SECONDS": _DRAIN_SECONDS,
         }
+        if not os.environ.get("SAMEPAGE_INDEX_REDIS_URL"):
+            env["SAMEPAGE_INDEX_DATA_DIR"] = str(self._directory / "index")
         log = self._directory / "logs" / "index.log"
         return Child("index", "samepage_index", env, ready, log, "SAMEPAGE_INDEX_LISTEN")
 
@@ -221,6 +222,8 @@ class LocalCluster:
         (self._directory / CLUSTER_FILE).unlink(missing_ok=True)
         shutil.rmtree(self._directory / "index", ignore_errors=True)
         for name in self._names:
-            with contextlib.suppress(OSError):
-                (self._directory / name).rmdir()
+            # What still holds something is somebody's.
+            for directory in (self._directory / name, self.store(name)):
+                with contextlib.suppress(OSError):
+                    directory.rmdir()
         self._unlock()

@@ -23,11 +23,13 @@ LACKS_FEATURE = 4
 _MAP_COUNT_WANTED = 262_144
 _KSM = Path("/sys/kernel/mm/ksm")
 _STORE = Path("/dev/shm")
+_DEVICE = Path("/dev/userfaultfd")
+_BLIND = "cannot tell: this user may not open /dev/userfaultfd, and no merger runs that lends it"
 
 # For each feature: since which kernel, whether sharing needs it, and what its lack means.
 _FEATURES = {
     native.Feature.USERFAULTFD: (
-        "5.11",
+        "6.1",
         True,
         "arenas work as plain memory and are not shared; scanning and reports still work. Start "
         "the merger with access to /dev/userfaultfd: it lends it to applications",
@@ -120,22 +122,29 @@ def _show(checks: list[Check]) -> None:
 def _features(cluster: places.Cluster) -> list[Check]:
     """What this process can use, with what the first host's merger lends it."""
     found = native.probe(str(cluster.hosts[0].directory) if cluster.hosts else None)
+    blind = native.Feature.USERFAULTFD not in found and not cluster.hosts and not _may_open()
     checks = []
     for feature, (since, needed, lack) in _FEATURES.items():
         name = f"{(feature.name or '').lower()} (Linux {since})"
         if feature in found:
             checks.append(Check(name, "ok", "there"))
+        elif blind:
+            checks.append(Check(name, "warning", _BLIND))
         else:
             checks.append(Check(name, "missing" if needed else "warning", f"without it {lack}"))
     return checks
 
 
+def _may_open() -> bool:
+    return not _DEVICE.exists() or os.access(_DEVICE, os.R_OK | os.W_OK)
+
+
 def _device() -> Check:
-    path = Path("/dev/userfaultfd")
+    path = _DEVICE
     if not path.exists():
         detail = "not there (Linux 6.1): only a process with CAP_SYS_PTRACE gets a userfaultfd"
         return Check(str(path), "warning", detail)
-    if os.access(path, os.R_OK | os.W_OK):
+    if _may_open():
         return Check(str(path), "ok", "this user may open it, so a merger that it runs can lend it")
     return Check(
         str(path),
