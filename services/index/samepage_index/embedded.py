@@ -24,6 +24,8 @@ _SOCKET_PATH_BYTES_MAX = 107
 _START_SECONDS = 20.0
 _STOP_SECONDS = 5.0
 _RESTART_SECONDS = 0.5
+_PREFIX = "samepage-index-"
+_LOCK_NAME = "index.lock"
 
 log = structlog.get_logger(__name__)
 
@@ -41,9 +43,13 @@ class EmbeddedServer:
 
     def __init__(self, data_dir: Path | None) -> None:
         self._temporary = data_dir is None
-        self._dir = data_dir or Path(tempfile.mkdtemp(prefix="samepage-index-"))
+        self._lock: IO[bytes] | None = None
+        if data_dir is None:
+            _remove_leftovers()
+            self._dir, self._lock = _make_temporary()
+        else:
+            self._dir = data_dir
         self._socket = self._dir / "valkey.sock"
-        self._lock_file: IO[str] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
 
@@ -64,11 +70,14 @@ class EmbeddedServer:
         """
         if len(os.fsencode(self._socket)) > _SOCKET_PATH_BYTES_MAX:
             raise ConfigError(f"data_dir is too long for a unix socket in it: {self._dir}")
-        try:
-            self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"cannot make data_dir {self._dir}: {error.strerror}") from error
-        self._lock()
+        if self._lock is None:
+            try:
+                self._dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._lock = _lock(self._dir)
+            except OSError as error:
+                raise ConfigError(f"cannot use data_dir {self._dir}: {error.strerror}") from error
+            if self._lock is None:
+                raise ConfigError(f"another index runs in data_dir {self._dir}")
         await self._spawn()
         self._supervisor = asyncio.create_task(self._supervise())
 
@@ -81,19 +90,14 @@ class EmbeddedServer:
         if self._process is not None:
             await self._end(self._process)
             self._process = None
+        if self._lock is None:
+            return
         if self._temporary:
             shutil.rmtree(self._dir, ignore_errors=True)
-        if self._lock_file is not None and not self._lock_file.closed:
+        else:
             self._socket.unlink(missing_ok=True)
-            self._lock_file.close()
-
-    def _lock(self) -> None:
-        self._lock_file = (self._dir / "index.lock").open("w")
-        try:
-            fcntl.flock(self._lock_file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock_file.close()
-            raise ConfigError(f"another index runs in data_dir {self._dir}") from error
+        self._lock.close()
+        self._lock = None
 
     async def _spawn(self) -> None:
         self._socket.unlink(missing_ok=True)
@@ -157,3 +161,39 @@ class EmbeddedServer:
         except TimeoutError:
             process.kill()
             await process.wait()
+
+
+def _lock(folder: Path) -> IO[bytes] | None:
+    """The open file that marks the directory as in use; None when another index uses it."""
+    file = (folder / _LOCK_NAME).open("ab")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        return None
+    return file
+
+
+def _make_temporary() -> tuple[Path, IO[bytes]]:
+    """A new directory and its lock."""
+    draft = Path(tempfile.mkdtemp(prefix=f".{_PREFIX}"))
+    lock = _lock(draft)
+    if lock is None:
+        raise StoreUnavailableError(f"cannot lock {draft}, which was made just now")
+    # Others take a directory of this name without a lock for a leftover.
+    folder = draft.with_name(draft.name.removeprefix("."))
+    draft.rename(folder)
+    return folder, lock
+
+
+def _remove_leftovers() -> None:
+    """Remove the directories of indexes that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        # Another index may remove the same one at the same time.
+        with contextlib.suppress(FileNotFoundError, PermissionError):
+            if folder.lstat().st_uid != os.geteuid() or not (folder / _LOCK_NAME).exists():
+                continue
+            lock = _lock(folder)
+            if lock is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                lock.close()

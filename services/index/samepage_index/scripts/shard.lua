@@ -90,9 +90,10 @@ end
 local function each_key(keys, visit, finish)
   for first = 1, #keys, CHUNK * KEY do
     local last = math.min(first + CHUNK * KEY, #keys + 1) - KEY
-    local numbers, fields, contents = {}, {}, {}
+    local numbers, fields, contents, places = {}, {}, {}, {}
     for at = first, last, KEY do
       local number = bucket_at(keys, at)
+      places[#places + 1] = number
       if contents[number] == nil then
         contents[number] = ''
         numbers[#numbers + 1] = number
@@ -102,9 +103,8 @@ local function each_key(keys, visit, finish)
     for i, value in ipairs(call('HMGET', shard, unpack(fields))) do
       if value then contents[numbers[i]] = value end
     end
-    for at = first, last, KEY do
-      local number = bucket_at(keys, at)
-      visit(at, number, contents)
+    for i, number in ipairs(places) do
+      visit(first + (i - 1) * KEY, number, contents)
     end
     finish(contents)
   end
