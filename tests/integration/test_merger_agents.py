@@ -192,6 +192,24 @@ class TestBreakingOff:
         host.assert_exact(*agents)
         assert arenas[1].view() == data.tobytes()
 
+    async def test_orders_that_were_never_carried_out_keep_nothing_once_that_is_told(
+        self, host: MergerHost, agents: list[FakeMergingAgent]
+    ) -> None:
+        data = random_pages(1, 200)
+        arenas = [await agent.open(f"arena-{n}", data) for n, agent in enumerate(agents)]
+        agents[1].obey.clear()
+        merging = asyncio.ensure_future(host.merge_all(arenas[0], arenas[1]))
+        await agents[1].until_ordered(wire.Type.REPLACE)
+        await agents[1].disconnect()
+        await merging
+        agents[0].write(arenas[0], 0, b"not shared any more", 200)
+        await agents[0].flushed()
+        assert stored_pages(host) == 200
+        await agents[1].connect()
+        await agents[1].announce(arenas[1])
+        host.assert_exact(*agents)
+        assert stored_pages(host) == 0
+
     async def test_a_newer_connection_of_the_same_process_replaces_the_older(
         self, host: MergerHost, agents: list[FakeMergingAgent], arenas: list[FakeArena]
     ) -> None:
@@ -387,6 +405,41 @@ class TestRestart:
         again.assert_exact(*agents)
         assert stored_pages(again) == PAGES
         assert arenas[0].view() == data
+        again.stop()
+
+    async def test_a_slot_that_only_an_unheard_agent_still_maps_stays(
+        self,
+        host: MergerHost,
+        agents: list[FakeMergingAgent],
+        arenas: list[FakeArena],
+        tmp_path: Path,
+        store: Path,
+    ) -> None:
+        data = arenas[0].view()
+        host.crash()
+        again = MergerHost(tmp_path, store)
+        for agent in agents:
+            await agent.disconnect()
+        for agent, arena in zip(agents[:2], arenas[:2], strict=True):
+            await agent.connect()
+            await agent.announce(arena)
+        agents[0].write(arenas[0], 0, b"own", PAGES)
+        await agents[1].close_arena(arenas[1])
+        assert len(again.domain.books.table) == 0
+        again.janitor.run_once()
+        assert arenas[2].view() == data
+        fresh = await agents[0].open("fresh", random_pages(8, 10))
+        twin = await agents[1].open("twin", random_pages(8, 10))
+        await again.merge_all(fresh, twin)
+        await agents[0].close_arena(fresh)
+        await agents[1].close_arena(twin)
+        assert stored_pages(again) == PAGES, "slots of this merger's own are freed at once"
+        await agents[2].connect()
+        await agents[2].announce(arenas[2])
+        again.janitor.run_once()
+        again.assert_exact(*agents)
+        await agents[2].close_arena(arenas[2])
+        assert stored_pages(again) == 0
         again.stop()
 
     async def test_a_store_without_agents_is_emptied_and_removed(

@@ -230,6 +230,31 @@ async def test_merge_write_and_merge_again(
         host.assert_exact(*agents)
 
 
+async def test_slots_are_kept_between_two_orders_of_one_batch(
+    host: MergerHost, agents: list[FakeMergingAgent]
+) -> None:
+    data = random_pages(1, 3000)
+    mixed = np.random.default_rng(5).permutation(3000)
+    first = await agents[0].open("first", data)
+    second = await agents[0].open("second", data)
+    follower = await agents[1].open("mixed", data[mixed])
+    await host.merge_all(first, second)
+
+    def write_all(order: wire.Message) -> None:
+        agents[0].write(first, 0, b"other bytes", 3000)
+        agents[0].write(second, 0, b"other bytes", 3000)
+        agents[1].before_order = lambda order: None
+
+    agents[1].before_order = write_all
+    runs = [(0, 1, int(page), at, 1) for at, page in enumerate(mixed)]
+    outcomes = await host.merge([first, follower], runs)
+    assert agents[1].orders.count(wire.Type.REPLACE) == 2
+    assert outcomes[1, Outcome.MERGED] == 3000
+    assert follower.view() == data[mixed].tobytes()
+    await agents[0].flushed()
+    host.assert_exact(*agents)
+
+
 async def test_domains_share_nothing(host: MergerHost, agents: list[FakeMergingAgent]) -> None:
     data = random_pages(1, 100)
     arena = await agents[0].open("same-name", data, "one")

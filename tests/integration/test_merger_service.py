@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import numpy as np
@@ -174,7 +175,7 @@ async def test_the_operators_socket_and_health(merger: Merger) -> None:
     path = merger.directory / "merger-api.sock"
     assert path.stat().st_mode & 0o777 == 0o600
     async with grpc.aio.insecure_channel(f"unix:{path}") as channel:
-        health = health_pb2_grpc.HealthStub(channel)
+        health: Any = health_pb2_grpc.HealthStub(channel)
         answer = await health.Check(health_pb2.HealthCheckRequest(service="samepage.v1.Merger"))
         assert answer.status == health_pb2.HealthCheckResponse.SERVING
 

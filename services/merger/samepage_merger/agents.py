@@ -144,12 +144,20 @@ class Agents:
         peer = session.peer
         domain.claim(wanted.name, peer.agent)
         arena, fd = domain.create(peer.agent, message.arena, wanted.name, wanted.pages)
-        arena.session = session
-        session.arenas[message.arena] = arena
         try:
             _answer_opened(peer, message.seq, arena, [fd])
+        except OSError:
+            domain.close(arena)
+            raise
         finally:
             os.close(fd)
+        if peer.closed:
+            # Sending was what ended it, so that nobody is left to say so.
+            domain.disconnect(arena)
+            self._wake()
+            return
+        arena.session = session
+        session.arenas[message.arena] = arena
         log.debug("arena opened", domain=domain.name, name=arena.name, pages=arena.pages)
 
     def _announce(

@@ -6,9 +6,10 @@ Rules. The first is the project's: a slot that any living process may still map 
   orders in flight name stay until its lock is gone (then no process maps the store through that
   descriptor any more), or until it proves the lock and announces itself again.
 - An arena maps the store through the one descriptor that its lock is on.
-- What is in the store's file but not in the books (from before this merger's start, or because
-  somebody touched a hole) is given back only when every lock that stands is one whose arena is
-  known in full.
+- Slots from before this merger's start may be mapped by arenas that have not announced themselves
+  yet. So however the books count, such a slot's memory is given back only when every lock that
+  stands is one whose arena is known in full. The same goes for what is in the file but not in the
+  books, because somebody touched a hole.
 """
 
 from __future__ import annotations
@@ -120,6 +121,8 @@ class Domain:
         self.merged = 0
         self.restored = 0
         self._known_locks: set[int] = set()
+        # Slots below may be mapped by arenas that an earlier merger knew, and this one does not.
+        self._first_own_slot = store.slots
 
     def claim(self, name: str, agent: bytes, own: Arena | None = None) -> None:
         """Make sure that the agent may use a name for a new arena, or for `own`.
@@ -195,7 +198,7 @@ class Domain:
     def announced(self, arena: Arena) -> None:
         """All is said: only that counts from now on."""
         for page_map in arena.previous:
-            self.store.free(self.books.close(page_map))
+            self.free(self.books.close(page_map))
         arena.previous.clear()
         self._release_all(arena.stale_holds)
         self._known_locks.add(arena.lock)
@@ -204,7 +207,11 @@ class Domain:
     def extend(self, arena: Arena, pages: Int64s, slots: Int64s) -> None:
         """Take in mappings that an agent announced."""
         self.books.adopt(slots)
-        self.store.free(self.books.map(arena.map, pages, slots))
+        self.free(self.books.map(arena.map, pages, slots))
+
+    def free(self, slots: Int64s) -> None:
+        """Give back slots (ascending) that are in the books no more, as far as it is safe now."""
+        self.store.free(slots[slots >= self._first_own_slot])
 
     def hold(self, arena: Arena, slots: Int64s) -> int:
         """Keep slots that an order to this arena names; return the hold."""
@@ -215,7 +222,7 @@ class Domain:
     def release(self, arena: Arena, hold: int) -> None:
         """End the hold of an order that was answered."""
         arena.holds.discard(hold)
-        self.store.free(self.books.release(hold))
+        self.free(self.books.release(hold))
         if arena.state is State.CLOSED and not arena.holds and arena.session is not None:
             arena.session.closing.discard(arena)
 
@@ -224,14 +231,14 @@ class Domain:
         done = outcomes == wire.Outcome.MERGED
         self.merged += int(np.count_nonzero(done))
         if arena.state is not State.CLOSED:
-            self.store.free(self.books.map(arena.map, pages[done], slots[done]))
+            self.free(self.books.map(arena.map, pages[done], slots[done]))
 
     def restore(self, arena: Arena, pages: Int64s) -> None:
         """Pages (each named once) map no slot any more; those that mapped none are ignored."""
         pages = pages[arena.map.slots(pages) != PRIVATE]
         arena.restored += pages.size
         self.restored += pages.size
-        self.store.free(self.books.unmap(arena.map, pages))
+        self.free(self.books.unmap(arena.map, pages))
 
     def close(self, arena: Arena) -> None:
         """The arena maps no slot any more; orders in flight keep their holds."""
@@ -264,24 +271,27 @@ class Domain:
 
     def _sweep(self) -> bool:
         excess = self.store.resident_bytes() - len(self.books.table) * wire.PAGE_SIZE
-        if excess <= 0:
+        if excess <= 0 and not self._first_own_slot:
             return True
         standing = self.locks.live()
         self._known_locks &= standing
         if standing - self._known_locks:
-            return False
-        self.store.free_all_but(self.books.table.live())
-        log.info("freed slots that nobody maps", domain=self.name, bytes=excess)
+            return excess <= 0
+        # A lock of an earlier merger's comes to stand no more.
+        self._first_own_slot = 0
+        if excess > 0:
+            self.store.free_all_but(self.books.table.live())
+            log.info("freed slots that nobody maps", domain=self.name, bytes=excess)
         return True
 
     def _drop_maps(self, arena: Arena) -> None:
         for page_map in (*arena.previous, arena.map):
-            self.store.free(self.books.close(page_map))
+            self.free(self.books.close(page_map))
         arena.previous.clear()
 
     def _release_all(self, holds: set[int]) -> None:
         while holds:
-            self.store.free(self.books.release(holds.pop()))
+            self.free(self.books.release(holds.pop()))
 
 
 class Domains:

@@ -73,7 +73,7 @@ class Orders:
                 for low, high in _parts(pages, slots)
             ]
         finally:
-            arena.domain.store.free(books.release(guard))
+            arena.domain.free(books.release(guard))
         return np.concatenate(parts) if parts else np.empty(0, np.uint8)
 
     async def restore(self, arena: Arena, pages: Int64s) -> Outcomes:

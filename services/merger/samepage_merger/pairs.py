@@ -231,7 +231,7 @@ class PairMerge:
             try:
                 outcomes[good] = await self._orders.replace(leader, step.pages[good], slots)
             finally:
-                leader.domain.store.free(leader.domain.books.release(hold))
+                leader.domain.free(leader.domain.books.release(hold))
         self._tally.count(self._leader.row, outcomes[private])
         return outcomes
 
@@ -307,7 +307,7 @@ class PairMerge:
                 self._tally.count(side.row, outcomes[~restored])
                 await self._replace(side, some[restored], slots[restored])
             finally:
-                self._leader.arena.domain.store.free(books.release(hold))
+                self._leader.arena.domain.free(books.release(hold))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 from pathlib import Path
 
 import grpc
@@ -69,6 +70,7 @@ class MergerService:
             StoreError: the store's directory will not do.
         """
         config = self._config
+        _allow_many_agents()
         secret = read_secret(config.secret_file)
         stores = StoreDirectory(
             config.store_path, config.store_readonly_dir, config.store_limit_bytes
@@ -127,3 +129,9 @@ class MergerService:
                 " merger may write, with a path of less than 90 bytes"
             ) from error
         self._resources.callback(server.stop)
+
+
+def _allow_many_agents() -> None:
+    """Use as many descriptors as this process may: each agent takes two."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

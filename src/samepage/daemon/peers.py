@@ -35,6 +35,7 @@ _CREDENTIALS = struct.Struct("=iII")
 _SEND_QUEUE_MAX = 1024
 _PACKETS_A_WAKEUP = 64
 _DESCRIPTORS_MAX = 4
+_ACCEPT_PAUSE_SECONDS = 0.5
 
 Outcomes = npt.NDArray[np.uint8]
 Apply = Callable[[Outcomes], None]
@@ -327,11 +328,20 @@ class PeerServer:
             return
         try:
             sock, _ = self._sock.accept()
-        except OSError as error:
-            log.warning("cannot accept an agent", error=str(error))
+            sock.setblocking(False)
+            self._peers.add(Peer(self, sock))
+        except BlockingIOError:
             return
-        sock.setblocking(False)
-        self._peers.add(Peer(self, sock))
+        except OSError as error:
+            # Out of descriptors, as a rule: asking again at once would only burn the processor.
+            log.warning("cannot accept an agent", error=str(error))
+            loop = asyncio.get_running_loop()
+            loop.remove_reader(self._sock)
+            loop.call_later(_ACCEPT_PAUSE_SECONDS, self._listen_again)
+
+    def _listen_again(self) -> None:
+        if self._sock is not None:
+            asyncio.get_running_loop().add_reader(self._sock, self._accept)
 
 
 def _make_window(size: int) -> int:
