@@ -205,6 +205,19 @@ class Served:
                     found.append((page, (last - first) // PAGE, int(inode), slot))
         return found
 
+    def unshare_without_memory(self, name: str) -> None:
+        """Unshare with no address space left, so that pages cannot be restored the usual way."""
+        import resource
+
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * PAGE
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (size, before[1]))
+        try:
+            self.arenas[name].unshare()
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, before)
+
     def descriptors(self) -> int:
         """How many file descriptors are open."""
         return len(os.listdir("/proc/self/fd"))

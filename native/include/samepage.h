@@ -97,11 +97,13 @@ int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_repor
 
 int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats);
 
-/* Make every page private again. Needs no daemon. */
+/* Make every page private again. Needs no daemon. -ENOMEM: there is no memory for all the copies;
+ * pages that could not be copied stay shared. */
 int sp_arena_unshare(struct sp_arena *arena);
 
 /* End the sharing: every page private, the name free. The memory stays valid and keeps its bytes
- * until sp_arena_free(). Closing twice is fine. */
+ * until sp_arena_free(). Closing twice is fine. -ENOMEM: as sp_arena_unshare(); the arena stays
+ * open. */
 int sp_arena_close(struct sp_arena *arena);
 
 /* Close, and unmap the memory. */

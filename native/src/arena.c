@@ -246,25 +246,29 @@ int sp_arena_unshare(struct sp_arena *arena)
 		     : ask(&arena->node->mover.mailbox, SP_REQUEST_UNSHARE, arena, NULL, -1);
 }
 
-/* End the sharing, by `kind`, unless it has ended. */
-static void end(struct sp_arena *arena, enum sp_request_kind kind)
-{
-	if (atomic_load(&arena->node->forked) || atomic_exchange(&arena->closed, true))
-		return;
-	ask(&arena->node->reader.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
-	ask(&arena->node->mover.mailbox, kind, arena, NULL, -1);
-}
-
 int sp_arena_close(struct sp_arena *arena)
 {
+	int error;
+
 	if (atomic_load(&arena->node->forked))
 		return usable(arena);
-	end(arena, SP_REQUEST_CLOSE);
+	if (atomic_exchange(&arena->closed, true))
+		return 0;
+	error = ask(&arena->node->mover.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
+	if (error == -ENOMEM) {
+		atomic_store(&arena->closed, false);
+		return error;
+	}
+	ask(&arena->node->reader.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
 	return 0;
 }
 
 void sp_arena_free(struct sp_arena *arena)
 {
-	end(arena, SP_REQUEST_DROP);
+	if (!atomic_load(&arena->node->forked) && !atomic_exchange(&arena->closed, true)) {
+		/* the reader first: it must not be reading what is unmapped */
+		ask(&arena->node->reader.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
+		ask(&arena->node->mover.mailbox, SP_REQUEST_DROP, arena, NULL, -1);
+	}
 	sp_arena_put(arena);
 }

@@ -43,6 +43,9 @@ struct uffdio_move {
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
 #ifndef PAGEMAP_SCAN
 struct pm_scan_arg {
 	uint64_t size;

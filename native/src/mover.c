@@ -17,6 +17,7 @@
 #define RECONNECT_MAX_MS 1000
 #define SEND_PATIENCE_MS 1000
 #define MESSAGES_A_TURN 16
+#define NO_MEMORY "there is no memory for private copies; the pages stay shared and readable"
 #define MERGER_AWAY "the merger is away; the arena's memory is safe, try again later"
 
 struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number)
@@ -163,7 +164,8 @@ static void announce_all(struct sp_node *node)
 static void leave_store(struct sp_node *node, struct sp_arena *arena)
 {
 	arena->announced = false; /* its books were refused: nobody waits for notices */
-	sp_mover_restore(node, arena, 0, arena->pages);
+	if (sp_mover_restore(node, arena, 0, arena->pages))
+		return; /* no memory now: it stays as it is until the next connection */
 	close(arena->store);
 	arena->store = -1;
 	arena->lock = 0;
@@ -302,6 +304,19 @@ static void forget(struct sp_node *node, struct sp_arena *arena)
 	remove_arena(&node->mover, arena);
 }
 
+/* End an arena for good. Where there is no memory to restore it, it goes on mapping the store: the
+ * descriptor stays open, and with it the lock that tells the merger so. */
+static void leave(struct sp_node *node, struct sp_arena *arena)
+{
+	atomic_store(&arena->closed, true);
+	if (!sp_mover_restore(node, arena, 0, arena->pages)) {
+		forget(node, arena);
+		return;
+	}
+	arena->store = -1;
+	remove_arena(&node->mover, arena);
+}
+
 static void drop_memory(struct sp_arena *arena)
 {
 	munmap(arena->data, arena->pages * SP_PAGE_SIZE);
@@ -314,6 +329,7 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 	struct sp_mover *mover = &node->mover;
 	struct sp_arena *arena = request->arena;
 	bool stop = request->kind == SP_REQUEST_STOP;
+	int error = 0;
 
 	switch (request->kind) {
 	case SP_REQUEST_ADD:
@@ -326,24 +342,22 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 		ask_merger(node, request);
 		return true;
 	case SP_REQUEST_UNSHARE:
-		sp_mover_restore(node, arena, 0, arena->pages);
+		error = sp_mover_restore(node, arena, 0, arena->pages);
 		break;
 	case SP_REQUEST_CLOSE:
-		sp_mover_restore(node, arena, 0, arena->pages);
-		forget(node, arena);
+		error = sp_mover_restore(node, arena, 0, arena->pages);
+		if (!error)
+			forget(node, arena);
 		break;
 	case SP_REQUEST_DROP:
 		drop_memory(arena);
 		forget(node, arena);
 		break;
 	default:
-		while (mover->arenas) {
-			atomic_store(&mover->arenas->closed, true);
-			sp_mover_restore(node, mover->arenas, 0, mover->arenas->pages);
-			forget(node, mover->arenas);
-		}
+		while (mover->arenas)
+			leave(node, mover->arenas);
 	}
-	sp_mailbox_done(&mover->mailbox, request, 0, NULL);
+	sp_mailbox_done(&mover->mailbox, request, error, error ? NO_MEMORY : NULL);
 	return !stop;
 }
 

@@ -29,8 +29,9 @@ void sp_mover_stop(struct sp_node *node);
 /* Serve all queued faults. */
 void sp_mover_serve_faults(struct sp_node *node);
 
-/* Make [page, page + count) of the arena private, serving faults in between. */
-void sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
+/* Make [page, page + count) of the arena private, serving faults in between. -ENOMEM or what
+ * restoring says: some pages are still shared. */
+int sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
 
 /* Whether a page of the range was restored since notices were last sent. */
 bool sp_mover_was_restored(const struct sp_mover *mover, uint32_t arena, uint64_t page,

@@ -109,31 +109,32 @@ static int refused(const struct sp_link *link, const struct sp_message *message)
 	char text[SP_REQUEST_TEXT];
 	int error = sp_link_refusal(message, text, sizeof(text));
 
-	return sp_fail(-error, "the merger at %s refuses this process: %s", link->path, text);
+	return sp_fail(-error, "the daemon at %s refuses this process: %s", link->path, text);
 }
 
-/* Wait for WELCOME; the merger's /dev/userfaultfd goes to *device (-1: it has none). */
-static int await_welcome(struct sp_link *link, int *device)
+/* Wait for WELCOME; the merger's /dev/userfaultfd goes to *device (-1: none came). */
+static int await_welcome(struct sp_link *link, size_t window_bytes, int *device)
 {
 	struct pollfd polled = {.fd = link->sock, .events = POLLIN};
 	struct sp_message message;
 	int result = poll(&polled, 1, CONNECT_MS);
 
 	if (result == 0)
-		return sp_fail(-ETIMEDOUT, "the merger at %s did not answer within %d s; is it stopped?",
+		return sp_fail(-ETIMEDOUT, "the daemon at %s did not answer within %d s; is it stopped?",
 			       link->path, CONNECT_MS / 1000);
 	result = sp_link_receive(link, &message);
 	if (result <= 0)
 		return sp_fail(result < 0 ? result : -EPROTO,
-			       "what answers at %s is no merger of this version", link->path);
+			       "what answers at %s is no samepage daemon of this version", link->path);
 	if (message.header->type == WIRE_REFUSED) {
 		result = refused(link, &message);
 	} else {
-		result = sp_link_welcome(link, &message, SP_MERGER_WINDOW);
+		result = sp_link_welcome(link, &message, window_bytes);
 		*device = message.descriptors[1];
 		message.descriptors[1] = -1;
 		if (result)
-			sp_fail(result, "what answers at %s is no merger of this version", link->path);
+			sp_fail(result, "what answers at %s is no samepage daemon of this version",
+				link->path);
 	}
 	sp_message_close(&message);
 	return result;
@@ -152,10 +153,25 @@ static int connect_merger(struct sp_link *link, const char *dir, const struct wi
 			       "no merger answers at %s (%s): start samepage-merger, or set "
 			       "SAMEPAGE_DIR to its socket directory",
 			       link->path, strerror(-error));
-	error = await_welcome(link, device);
+	error = await_welcome(link, SP_MERGER_WINDOW, device);
 	if (error)
 		sp_link_close(link);
 	return error;
+}
+
+/* Connect to the scanner if it is there, so that the first share() finds it; if not, the reader
+ * goes on trying. */
+static int connect_scanner(struct sp_link *link, const char *dir, const struct wire_hello *hello)
+{
+	int none = -1, error = sp_link_init(link, dir, "scanner.sock");
+
+	if (error)
+		return sp_fail(error, "the socket directory's path is too long: %s", dir);
+	if (!sp_link_open(link, hello) && await_welcome(link, SP_SCANNER_WINDOW, &none))
+		sp_link_close(link);
+	if (none >= 0)
+		close(none);
+	return 0;
 }
 
 static int make_hello(struct wire_hello *hello)
@@ -279,17 +295,17 @@ int sp_connect(const char *dir, struct sp_node **out)
 	if (!error)
 		error = connect_merger(&node->mover.link, dir, &node->hello, &device);
 	if (!error)
-		error = sp_link_init(&node->reader.link, dir, "scanner.sock");
-	if (!error)
 		error = prepare_pager(node, device);
+	if (!error)
+		error = connect_scanner(&node->reader.link, dir, &node->hello);
 	if (device >= 0)
 		close(device);
 	if (!error) {
 		error = start_threads(node);
-		if (error)
-			release_pager(node);
 	}
 	if (error) {
+		release_pager(node);
+		sp_link_close(&node->reader.link);
 		sp_link_close(&node->mover.link);
 		sp_node_put(node);
 		return error;

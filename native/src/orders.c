@@ -190,6 +190,7 @@ static int order_restore(struct sp_node *node, struct sp_arena *arena,
 			 const struct sp_message *order)
 {
 	const struct wire_range *range = (const struct wire_range *)order->payload;
+	int error;
 
 	if (order->length != sizeof(*range))
 		return -EPROTO;
@@ -197,9 +198,9 @@ static int order_restore(struct sp_node *node, struct sp_arena *arena,
 		return send_done(node, order, ENOENT, 0);
 	if (!is_inside(arena, range->page, range->count))
 		return -EPROTO;
-	sp_mover_restore(node, arena, range->page, range->count);
+	error = sp_mover_restore(node, arena, range->page, range->count);
 	sp_mover_send_notices(node);
-	return send_done(node, order, 0, 0);
+	return send_done(node, order, -error, 0);
 }
 
 int sp_mover_order(struct sp_node *node, const struct sp_message *message)

@@ -340,9 +340,31 @@ int sp_pager_restore(struct sp_pager *pager, uint8_t *address, size_t n, int sto
 	return 0;
 }
 
-int sp_pager_unprotect(struct sp_pager *pager, uint8_t *address, size_t n)
+/* Whether the address holds a page of its own, and no slot. */
+static bool is_copied(struct sp_pager *pager, const uint8_t *address)
 {
-	return uffd_writeprotect(pager->uffd, address, bytes_of(n), 0);
+	uint64_t state;
+
+	(void)*(const volatile uint8_t *)address; /* from swap, so that the entry tells */
+	return !sp_pagemap_read(pager->pagemap, address, 1, &state) && (state & PAGEMAP_PRESENT) &&
+	       !(state & PAGEMAP_FILE);
+}
+
+int sp_pager_copy_in_place(struct sp_pager *pager, uint8_t *address)
+{
+	int error = uffd_writeprotect(pager->uffd, address, SP_PAGE_SIZE, 0);
+
+	if (error)
+		return error;
+	/* now, and not at the next write: until then the page is still the slot's */
+	error = sys_result(madvise(address, SP_PAGE_SIZE, MADV_POPULATE_WRITE));
+	if (!error)
+		return 0;
+	uffd_writeprotect(pager->uffd, address, SP_PAGE_SIZE, UFFDIO_WRITEPROTECT_MODE_WP);
+	if (!is_copied(pager, address))
+		return error;
+	/* a thread wrote before the protection was back, so the kernel did copy */
+	return uffd_writeprotect(pager->uffd, address, SP_PAGE_SIZE, 0);
 }
 
 int sp_pager_fill(struct sp_pager *pager, uint8_t *address, const uint8_t *bytes, size_t n)

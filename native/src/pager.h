@@ -71,9 +71,9 @@ void sp_pager_drop_zero(struct sp_pager *pager, uint8_t *address, size_t n, uint
  * -errno when the store can't be read: nothing was changed, and nobody was woken. */
 int sp_pager_restore(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot);
 
-/* Let the kernel copy a shared page in place at the next write. The way out when restore says
- * -ENOMEM: right for the application, but the page can never be moved again. */
-int sp_pager_unprotect(struct sp_pager *pager, uint8_t *address, size_t n);
+/* Have the kernel copy one shared page where it is. The way out when restore fails: the page is
+ * private afterwards, but can never be moved again. -errno: it still maps the slot, protected. */
+int sp_pager_copy_in_place(struct sp_pager *pager, uint8_t *address);
 
 /* Put bytes into n missing pages at `address` that are registered for missing faults, and wake
  * who waits. A page that is there already keeps its bytes. -errno: some are still missing. */

@@ -67,10 +67,10 @@ void sp_mover_send_notices(struct sp_node *node)
 	mover->notice_count = 0;
 }
 
-/* The way out when a page can't be restored: let the kernel copy it where it is. */
+/* The way out when a page can't be restored: have the kernel copy it where it is. */
 static bool leave_in_place(struct sp_node *node, struct sp_arena *arena, uint64_t page)
 {
-	if (sp_pager_unprotect(&node->mover.pager, arena->data + page * SP_PAGE_SIZE, 1))
+	if (sp_pager_copy_in_place(&node->mover.pager, arena->data + page * SP_PAGE_SIZE))
 		return false;
 	sp_extents_remove(&arena->extents, page, 1);
 	sp_extents_insert(&arena->extents, page, 1, SP_SLOT_IN_PLACE);
@@ -78,7 +78,7 @@ static bool leave_in_place(struct sp_node *node, struct sp_arena *arena, uint64_
 }
 
 /* Restore at most `count` pages from a shared page on, within its run. Returns how many are
- * private now; 0: try again. */
+ * private now; 0: there is no memory for a copy, and nothing has changed. */
 static uint64_t restore_stretch(struct sp_node *node, struct sp_arena *arena,
 				const struct sp_extent *extent, uint64_t page, uint64_t count)
 {
@@ -101,17 +101,17 @@ static uint64_t restore_stretch(struct sp_node *node, struct sp_arena *arena,
 	return count;
 }
 
-void sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count)
+int sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count)
 {
 	uint64_t end = page + count;
 
 	while (page < end) {
 		size_t i = sp_extents_find(&arena->extents, page);
 		const struct sp_extent *extent = &arena->extents.entries[i];
-		uint64_t length;
+		uint64_t length, restored;
 
 		if (i == arena->extents.count || extent->page >= end)
-			return;
+			return 0;
 		if (extent->page > page)
 			page = extent->page;
 		if (extent->slot == SP_SLOT_IN_PLACE) {
@@ -119,9 +119,13 @@ void sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t pag
 			continue;
 		}
 		length = end - page < SP_TAKE_PAGES ? end - page : SP_TAKE_PAGES;
-		page += restore_stretch(node, arena, extent, page, length);
+		restored = restore_stretch(node, arena, extent, page, length);
+		page += restored;
 		sp_mover_serve_faults(node);
+		if (restored == 0)
+			return -ENOMEM;
 	}
+	return 0;
 }
 
 /* How many pages to restore for a write to `page`: more and more while writes go straight on. */

@@ -61,8 +61,13 @@ static void replace_and_restore(void)
 	sp_pager_replace(&pager, at(data, 2), 2, store, 3, outcomes); /* and merges again */
 	CHECK(outcomes[0] == WIRE_MERGED && outcomes[1] == WIRE_MERGED);
 
-	CHECK(sp_pager_unprotect(&pager, data, 1) == 0);
-	data[0] = 'Z'; /* the kernel copies in place */
+	CHECK(sp_pager_copy_in_place(&pager, data) == 0);
+	CHECK(!sp_pagemap_is_shared(entry(data)));
+	/* the slot may go at once: nobody maps it any more */
+	CHECK(fallocate(store, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, SP_PAGE_SIZE,
+			SP_PAGE_SIZE) == 0);
+	CHECK(memcmp(data, expected, SP_PAGE_SIZE) == 0);
+	data[0] = 'Z';
 	CHECK(data[0] == 'Z' && data[1] == 'a');
 	sp_pager_replace(&pager, data, 1, store, 1, outcomes);
 	CHECK(outcomes[0] == WIRE_UNSUPPORTED && data[0] == 'Z');

@@ -166,7 +166,7 @@ def test_window_that_may_shrink_is_refused(merger: Merger, tmp_path: Path) -> No
     with Application(tmp_path) as application:
         application.start("create", "a", PAGES)
         merger.welcome()
-        with pytest.raises(Exception, match="no merger of this version"):
+        with pytest.raises(Exception, match="no samepage daemon of this version"):
             application.finish()
 
 

@@ -126,6 +126,27 @@ def test_unshare_makes_every_page_private(pair: tuple[Application, Application])
     assert two.call("pagemap", "b") == [SHARED] * PAGES
 
 
+def test_unshare_with_no_mapping_left_keeps_every_byte(
+    pair: tuple[Application, Application],
+) -> None:
+    one, two = pair
+    two.call("share", "b")
+    one.call("unshare_without_memory", "a")
+    assert one.call("stats", "a")["shared"] == 0
+    two.call("unshare", "b")  # and the slots are freed
+    for application, name in ((one, "a"), (two, "b")):
+        assert application.call("digest", name) == digest(1)
+    one.call("write", "a", 0, "00")
+    assert two.call("digest", "b") == digest(1)
+
+
+def test_share_right_after_connecting(cluster: Running) -> None:
+    for _ in range(20):
+        with Application(cluster.host()) as one:
+            one.call("create", "eager", 1)
+            one.call("share", "eager")
+
+
 def test_views_outlive_close_and_disconnect(pair: tuple[Application, Application]) -> None:
     one, two = pair
     two.call("share", "b")
