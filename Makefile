@@ -61,6 +61,15 @@ proto-check: $(STAMPS)/dev ## Check that the generated code is what proto/ gives
 	diff -r -x __pycache__ -x __init__.py "$$out/samepage/v1" $(GENERATED) \
 	    || { echo "$(GENERATED) differs from proto/: run 'make proto'" >&2; exit 1; }
 
+.PHONY: configs
+configs: $(STAMPS)/dev ## Write deploy/config/*.toml from the services' settings
+	@$(BIN)/python tools/sample-configs
+
+.PHONY: configs-check
+configs-check: $(STAMPS)/dev ## Check that deploy/config/*.toml say every setting
+	@echo "==> checking the sample configurations"
+	@$(BIN)/python tools/sample-configs --check
+
 .PHONY: native
 native: $(STAMPS)/system-build ## Build libsamepage
 	@$(MAKE) -C native --silent
