@@ -120,15 +120,18 @@ class Served:
         self.views[name][offset : offset + len(raw)] = raw
 
     def hammer(self, name: str, rounds: int) -> tuple[list[int], int]:
-        """Count up in every page while the arena is shared and unshared in turn.
+        """Count up in every 16th page while the arena is shared and unshared in turn.
 
         Returns the counters that are not what was counted, and how many pages were merged.
         """
         view = self.views[name]
+        counters = range(0, len(view), 16 * PAGE)
+        for at in counters:
+            struct.pack_into("<Q", view, at, 0)
 
         def count_up() -> None:
             for number in range(1, rounds + 1):
-                for at in range(0, len(view), PAGE):
+                for at in counters:
                     assert struct.unpack_from("<Q", view, at)[0] == number - 1
                     struct.pack_into("<Q", view, at, number)
 
@@ -139,8 +142,8 @@ class Served:
                 merged += self.arenas[name].share().merged
                 self.arenas[name].unshare()
             counting.result()
-        counters = [struct.unpack_from("<Q", view, at)[0] for at in range(0, len(view), PAGE)]
-        return [counter for counter in counters if counter != rounds], merged
+        counted = [struct.unpack_from("<Q", view, at)[0] for at in counters]
+        return [number for number in counted if number != rounds], merged
 
     def read(self, name: str, offset: int, length: int) -> str:
         """Return bytes in hex."""

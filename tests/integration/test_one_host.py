@@ -91,11 +91,10 @@ def test_write_changes_one_process_alone(pair: tuple[Application, Application]) 
 def test_counting_while_pages_come_and_go(cluster: Running) -> None:
     with Application(cluster.host()) as one, Application(cluster.host()) as two:
         for application in (one, two):
-            # counters are equal most of the time, so that the pages of both merge
             application.call("create", f"counters-{application.pid}", 256)
-            application.call("write", f"counters-{application.pid}", 0, "00" * 256 * PAGE)
+            application.call("fill", f"counters-{application.pid}", 6)
         for application in (one, two):
-            application.start("hammer", f"counters-{application.pid}", 300)
+            application.start("hammer", f"counters-{application.pid}", 5000)
         for application in (one, two):
             lost, merged = application.finish()
             assert lost == []
