@@ -300,9 +300,8 @@ int sp_connect(const char *dir, struct sp_node **out)
 		error = connect_scanner(&node->reader.link, dir, &node->hello);
 	if (device >= 0)
 		close(device);
-	if (!error) {
+	if (!error)
 		error = start_threads(node);
-	}
 	if (error) {
 		release_pager(node);
 		sp_link_close(&node->reader.link);

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Self
 
 from samepage import native
-from samepage.errors import ClosedError, ForkedError, InvalidArgumentError
+from samepage.errors import ClosedError, ForkedError, InvalidArgumentError, OutOfMemoryError
 from samepage.reports import ArenaInfo, ArenaStats, NodeStats, ShareReport
 from samepage.sizes import check_fits, parse_size
 
@@ -258,13 +258,19 @@ class Arena:
             ForkedError: in a child of the process that made it.
         """
         _refuse_fork(self._connection.pid)
-        memory = self._memory
-        if memory is None:
+        if self._memory is None:
             return
-        if not self._connection.closed:
-            native.close(self._pointer)
+        # Without a view the memory ends here, and nothing needs to be copied back into it.
+        remains = weakref.ref(self._memory)
         self._memory = None
-        del memory
+        memory = remains()
+        if memory is None or self._connection.closed:
+            return
+        try:
+            native.close(self._pointer)
+        except OutOfMemoryError:
+            self._memory = memory
+            raise
 
     def _open(self) -> ctypes.Array[ctypes.c_ubyte]:
         """Return the memory; whoever holds it may use the pointer."""
