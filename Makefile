@@ -82,7 +82,7 @@ native-test: $(STAMPS)/system-build ## Run the C library's own tests
 	    $(PYTHON) tests/needs.py; fi
 
 .PHONY: bench
-bench: $(STAMPS)/dev native ## Measure, side by side with kernel samepage merging
+bench: $(STAMPS)/dev native ## Measure, side by side with KSM and plain Redis (BENCH_ARGS=--help)
 	@$(BIN)/python -m bench $(BENCH_ARGS)
 
 .PHONY: build

