@@ -14,7 +14,7 @@ from pathlib import Path
 import grpc
 import pytest
 from application import PAGE, Application, ApplicationError, content
-from running import Running
+from helpers.up import Up, descendants, running
 
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 
@@ -60,9 +60,9 @@ class Model:
 
 
 @pytest.fixture
-def models(tmp_path: Path) -> Iterator[tuple[Running, list[Model]]]:
+def models(tmp_path: Path) -> Iterator[tuple[Up, list[Model]]]:
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(Running(tmp_path / "cluster"))
+        cluster = stack.enter_context(running(tmp_path / "cluster"))
         found = []
         for number in range(3):
             application = stack.enter_context(Application(cluster.host()))
@@ -73,24 +73,18 @@ def models(tmp_path: Path) -> Iterator[tuple[Running, list[Model]]]:
         yield cluster, found
 
 
-def children(pid: int) -> list[int]:
-    """Child processes of a process."""
-    found = []
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        found += [int(child) for child in path.read_text().split()]
-    return found
-
-
-def kill(cluster: Running, service: str) -> int | None:
-    """SIGKILL; the pid, or None when it is down already."""
+def kill(cluster: Up, service: str) -> bool:
+    """SIGKILL; False when it is down already."""
     try:
-        pid = cluster.pid("index" if service == "redis" else service)
+        daemons = cluster.daemons()
         if service == "redis":
-            [pid] = children(pid)
+            [pid] = descendants(daemons["index"])
+        else:
+            pid = daemons["index" if service == "index" else f"host-1/{service}"]
         os.kill(pid, signal.SIGKILL)
-    except (ValueError, OSError):
-        return None
-    return pid
+    except (KeyError, ValueError, OSError):
+        return False
+    return True
 
 
 def await_sharing(models: list[Model]) -> None:
@@ -108,7 +102,7 @@ def await_sharing(models: list[Model]) -> None:
             assert time.monotonic() < deadline, f"sharing does not come back: {problem}"
 
 
-def check_books(cluster: Running, models: list[Model]) -> None:
+def check_books(cluster: Up, models: list[Model]) -> None:
     """The merger's books say what /proc says."""
     with grpc.insecure_channel(f"unix:{cluster.host()}/merger-api.sock") as channel:
         stub = merger_pb2_grpc.MergerStub(channel)
@@ -130,7 +124,7 @@ def check_books(cluster: Running, models: list[Model]) -> None:
     assert status.slots == len(slots)
 
 
-def test_kills_at_random_points(models: tuple[Running, list[Model]]) -> None:
+def test_kills_at_random_points(models: tuple[Up, list[Model]]) -> None:
     cluster, applications = models
     seed = int(os.environ.get("SAMEPAGE_TEST_SEED", "0")) or random.randrange(1, 2**32)
     print(f"SAMEPAGE_TEST_SEED={seed}")
@@ -143,7 +137,7 @@ def test_kills_at_random_points(models: tuple[Running, list[Model]]) -> None:
             for model in writers:
                 model.write(rng)
             time.sleep(rng.uniform(0, 0.05))  # the random point
-            kills[service] += kill(cluster, service) is not None
+            kills[service] += kill(cluster, service)
             for model in writers:
                 model.write(rng)
                 model.check()

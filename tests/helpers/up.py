@@ -42,6 +42,10 @@ class Up:
         self.wait_for("ready")
         self.cluster = places.read(directory / places.CLUSTER_FILE)
 
+    def host(self, number: int = 1) -> Path:
+        """The socket directory of a host."""
+        return self.cluster.hosts[number - 1].directory
+
     def wait_for(self, event: str, text: str = "") -> dict[str, Any]:
         """Return its next message of this kind that holds `text`."""
         assert self.process.stdout is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from application import PAGE, Application, ApplicationError, content
-from running import Running
+from helpers.up import Up, running
 
 pytestmark = pytest.mark.needs("root", "userfaultfd", "move", "wp_tmpfs", "remap")
 
@@ -19,13 +19,13 @@ PAGES = 600
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    with Running(tmp_path_factory.mktemp("cluster")) as running:
-        yield running
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    with running(tmp_path_factory.mktemp("cluster")) as up:
+        yield up
 
 
 @pytest.fixture
-def pair(cluster: Running) -> Iterator[tuple[Application, Application]]:
+def pair(cluster: Up) -> Iterator[tuple[Application, Application]]:
     """Two applications with an arena `a` or `b` each, of the same bytes."""
     with Application(cluster.host()) as one, Application(cluster.host()) as two:
         for application, name in ((one, "a"), (two, "b")):
@@ -53,7 +53,7 @@ def test_equal_pages_become_one(pair: tuple[Application, Application]) -> None:
     assert len(one.call("mappings", "a")) == 1
 
 
-def test_kernel_reports_the_memory_as_saved(cluster: Running) -> None:
+def test_kernel_reports_the_memory_as_saved(cluster: Up) -> None:
     pages = 8192
     with Application(cluster.host()) as one, Application(cluster.host()) as two:
         for application, name in ((one, "a"), (two, "b")):
@@ -88,7 +88,7 @@ def test_write_changes_one_process_alone(pair: tuple[Application, Application]) 
     assert two.call("pagemap", "b") == [SHARED] * PAGES
 
 
-def test_counting_while_pages_come_and_go(cluster: Running) -> None:
+def test_counting_while_pages_come_and_go(cluster: Up) -> None:
     with Application(cluster.host()) as one, Application(cluster.host()) as two:
         for application in (one, two):
             application.call("create", f"counters-{application.pid}", 256)
@@ -139,7 +139,7 @@ def test_unshare_with_no_mapping_left_keeps_every_byte(
     assert two.call("digest", "b") == digest(1)
 
 
-def test_share_right_after_connecting(cluster: Running) -> None:
+def test_share_right_after_connecting(cluster: Up) -> None:
     for _ in range(20):
         with Application(cluster.host()) as one:
             one.call("create", "eager", 1)
@@ -166,7 +166,7 @@ def test_name_is_free_again_after_close(pair: tuple[Application, Application]) -
     two.call("create", "a", 1)
 
 
-def test_name_is_free_again_after_the_process(cluster: Running) -> None:
+def test_name_is_free_again_after_the_process(cluster: Up) -> None:
     with Application(cluster.host()) as one:
         one.call("create", "brief", 10)
         one.process.kill()
@@ -175,7 +175,7 @@ def test_name_is_free_again_after_the_process(cluster: Running) -> None:
         two.call("create", "brief", 10)
 
 
-def test_pages_of_two_domains_never_share(cluster: Running) -> None:
+def test_pages_of_two_domains_never_share(cluster: Up) -> None:
     with Application(cluster.host()) as one, Application(cluster.host()) as two:
         for application, domain in ((one, "red"), (two, "blue")):
             for name in ("a", "b"):
@@ -193,7 +193,7 @@ def test_pages_of_two_domains_never_share(cluster: Running) -> None:
         assert inodes[0].isdisjoint(inodes[1])
 
 
-def test_arena_equal_to_itself(cluster: Running) -> None:
+def test_arena_equal_to_itself(cluster: Up) -> None:
     with Application(cluster.host()) as one:
         one.call("create", "twice", 512)
         one.call("fill", "twice", 4, 0, 256)
@@ -205,7 +205,7 @@ def test_arena_equal_to_itself(cluster: Running) -> None:
         assert one.call("digest", "twice") == hashlib.sha256(content(4, 256) * 2).hexdigest()
 
 
-def test_zero_pages_go_back_to_the_kernel(cluster: Running) -> None:
+def test_zero_pages_go_back_to_the_kernel(cluster: Up) -> None:
     with Application(cluster.host()) as one:
         one.call("create", "zeros", 64)
         one.call("write", "zeros", 0, "00" * (32 * PAGE))
@@ -233,7 +233,7 @@ def test_fork_leaves_the_arena_with_the_parent(pair: tuple[Application, Applicat
     assert one.call("share", "a")["shared"] == PAGES
 
 
-def test_application_needs_no_privilege(cluster: Running) -> None:
+def test_application_needs_no_privilege(cluster: Up) -> None:
     for directory in (cluster.host(), *cluster.host().parents):
         os.chmod(directory, directory.stat().st_mode | 0o011)
     with Application(cluster.host(), user=65534) as one, Application(cluster.host()) as two:
@@ -249,7 +249,7 @@ def test_application_needs_no_privilege(cluster: Running) -> None:
 
 @pytest.mark.needs("gcc")
 @pytest.mark.parametrize("sanitize", ["", "address,undefined", "thread"])
-def test_c_and_python_share(cluster: Running, tmp_path: Path, sanitize: str) -> None:
+def test_c_and_python_share(cluster: Up, tmp_path: Path, sanitize: str) -> None:
     native = Path(__file__).parents[2] / "native"
     subprocess.run(
         ["make", "-s", "-C", native, "all", "examples", f"SANITIZE={sanitize}"], check=True
@@ -277,7 +277,7 @@ def test_c_and_python_share(cluster: Running, tmp_path: Path, sanitize: str) -> 
         assert c.returncode == 0
 
 
-def test_no_descriptor_or_mapping_is_left(cluster: Running) -> None:
+def test_no_descriptor_or_mapping_is_left(cluster: Up) -> None:
     with Application(cluster.host()) as one, Application(cluster.host()) as two:
         two.call("create", "peer", 64)
         two.call("fill", "peer", 3)
@@ -313,7 +313,7 @@ def test_no_descriptor_or_mapping_is_left(cluster: Running) -> None:
     ],
 )
 def test_bad_arena(
-    cluster: Running, name: str, pages: int, domain: str | None, kind: str, says: str
+    cluster: Up, name: str, pages: int, domain: str | None, kind: str, says: str
 ) -> None:
     with Application(cluster.host()) as one:
         with pytest.raises(ApplicationError, match=says) as caught:
@@ -323,7 +323,7 @@ def test_bad_arena(
 
 
 @pytest.mark.parametrize("missing", ["userfaultfd", "move", "wp_tmpfs"])
-def test_kernel_that_lacks_a_feature(cluster: Running, missing: str) -> None:
+def test_kernel_that_lacks_a_feature(cluster: Up, missing: str) -> None:
     with Application(cluster.host(), env={"SAMEPAGE_DISABLE": missing}) as one:
         one.call("create", "plain", 16)
         one.call("fill", "plain", 5, 0, 8)
