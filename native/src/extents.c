@@ -51,13 +51,6 @@ const struct sp_extent *sp_extents_at(const struct sp_extents *extents, uint64_t
 	return &extents->entries[i];
 }
 
-bool sp_extents_is_free(const struct sp_extents *extents, uint64_t page, uint64_t count)
-{
-	size_t i = sp_extents_find(extents, page);
-
-	return i == extents->count || extents->entries[i].page >= page + count;
-}
-
 /* Replace `removed` entries from i on by the `added` ones. */
 static void splice(struct sp_extents *extents, size_t i, size_t removed,
 		   const struct sp_extent *added, size_t n)
@@ -123,14 +116,4 @@ void sp_extents_remove(struct sp_extents *extents, uint64_t page, uint64_t count
 			rest[n++] = part_of(extent, end, end_of(extent));
 	}
 	splice(extents, first, last - first, rest, n);
-}
-
-uint64_t sp_extents_pages(const struct sp_extents *extents)
-{
-	uint64_t pages = 0;
-
-	for (size_t i = 0; i < extents->count; i++)
-		if (extents->entries[i].slot != SP_SLOT_IN_PLACE)
-			pages += extents->entries[i].count;
-	return pages;
 }

@@ -39,16 +39,10 @@ size_t sp_extents_find(const struct sp_extents *extents, uint64_t page);
 /* The run that holds `page`, or NULL. */
 const struct sp_extent *sp_extents_at(const struct sp_extents *extents, uint64_t page);
 
-/* True when no page of the range is in the table. */
-bool sp_extents_is_free(const struct sp_extents *extents, uint64_t page, uint64_t count);
-
 /* Put in a range that is free. */
 void sp_extents_insert(struct sp_extents *extents, uint64_t page, uint64_t count, uint64_t slot);
 
 /* Take out a range, whatever of it is there. */
 void sp_extents_remove(struct sp_extents *extents, uint64_t page, uint64_t count);
-
-/* Pages that map a slot (those copied in place not counted). */
-uint64_t sp_extents_pages(const struct sp_extents *extents);
 
 #endif
