@@ -42,6 +42,14 @@ void sp_mailbox_ring(struct sp_mailbox *mailbox)
 	(void)written; /* EAGAIN: it rings already */
 }
 
+void sp_mailbox_hear(struct sp_mailbox *mailbox)
+{
+	uint64_t rings;
+	ssize_t length = read(mailbox->wake, &rings, sizeof(rings));
+
+	(void)length; /* EAGAIN: it did not ring */
+}
+
 static void unlink_request(struct sp_mailbox *mailbox, const struct sp_request *request)
 {
 	struct sp_request **at = &mailbox->first;

@@ -58,6 +58,9 @@ int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int 
 /* Wake the worker. */
 void sp_mailbox_ring(struct sp_mailbox *mailbox);
 
+/* For the worker. Hear the rings so far, so that poll() waits for the next one. */
+void sp_mailbox_hear(struct sp_mailbox *mailbox);
+
 /* For the worker. The next NEW request, now RUNNING, or NULL. */
 struct sp_request *sp_mailbox_take(struct sp_mailbox *mailbox);
 

@@ -49,14 +49,6 @@ static int64_t now_ms(void)
 	return (int64_t)now.tv_sec * 1000 + now.tv_nsec / 1000000;
 }
 
-static void drain_wake(const struct sp_mailbox *mailbox)
-{
-	uint64_t count;
-	ssize_t length = read(mailbox->wake, &count, sizeof(count));
-
-	(void)length;
-}
-
 int sp_mover_send(struct sp_node *node, uint8_t type, uint32_t seq, uint32_t arena,
 		  const struct iovec *parts, size_t n, int descriptor)
 {
@@ -74,7 +66,7 @@ int sp_mover_send(struct sp_node *node, uint8_t type, uint32_t seq, uint32_t are
 			break;
 		poll(polled, 2, 10);
 		if (polled[1].revents) {
-			drain_wake(&mover->mailbox);
+			sp_mailbox_hear(&mover->mailbox);
 			rung = true;
 		}
 		sp_mover_serve_faults(node);
@@ -406,7 +398,7 @@ static void *run(void *argument)
 					  {.fd = mover->link.sock, .events = POLLIN}};
 
 		poll(polled, 2, timeout);
-		drain_wake(&mover->mailbox);
+		sp_mailbox_hear(&mover->mailbox);
 		sp_mover_serve_faults(node);
 		while (go_on && (request = sp_mailbox_take(&mover->mailbox)))
 			go_on = carry_out(node, request);

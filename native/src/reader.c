@@ -265,12 +265,9 @@ static void *run(void *argument)
 		int timeout = reconnect(node);
 		struct pollfd polled[] = {{.fd = reader->mailbox.wake, .events = POLLIN},
 					  {.fd = reader->link.sock, .events = POLLIN}};
-		uint64_t count;
-		ssize_t length;
 
 		poll(polled, 2, timeout);
-		length = read(reader->mailbox.wake, &count, sizeof(count));
-		(void)length;
+		sp_mailbox_hear(&reader->mailbox);
 		while (go_on && (request = sp_mailbox_take(&reader->mailbox)))
 			go_on = carry_out(reader, request);
 		if (reader->link.sock >= 0 && polled[1].revents)

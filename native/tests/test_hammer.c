@@ -2,27 +2,18 @@
  * Threads count up in pages that are replaced and restored under their hands, at least 60,000
  * times: no count is lost, and no page that the extents call shared was ever copied by the kernel.
  */
-#include <poll.h>
-#include <pthread.h>
 #include <stdatomic.h>
 
-#include "check.h"
-#include "faults.h"
-#include "kernel.h"
-#include "mailbox.h"
 #include "pagemap.h"
+#include "racing.h"
 
 #define PAGES 64
 #define THREADS 2
 #define SWAPS 60000
 #define SLOTS 4096
 
-static struct sp_mailbox mailbox;
-static struct sp_faults faults;
-static struct sp_pager pager;
-static uint8_t *data;
-static uint64_t slot_of[PAGES]; /* 0: private */
-static int store;
+static uint64_t slot_of[PAGES];
+static struct racing racing = {.slot_of = slot_of};
 static atomic_bool stop;
 
 /* Each thread has a counter of its own in every page. */
@@ -33,7 +24,7 @@ struct counts {
 
 static uint64_t *counter(size_t page, uint32_t thread)
 {
-	return (uint64_t *)(void *)(data + page * SP_PAGE_SIZE) + thread * 64;
+	return (uint64_t *)(void *)(racing.data + page * SP_PAGE_SIZE) + thread * 64;
 }
 
 static void *hammer(void *argument)
@@ -57,31 +48,12 @@ static void *hammer(void *argument)
 	return NULL;
 }
 
-static void serve_faults(void)
-{
-	struct sp_fault fault;
-	bool overflow;
-
-	while (sp_faults_next(&faults, &fault, &overflow)) {
-		size_t page = (fault.address - (uintptr_t)data) / SP_PAGE_SIZE;
-		uint8_t *address = data + page * SP_PAGE_SIZE;
-
-		CHECK(!overflow);
-		if (slot_of[page] && !fault.missing) {
-			CHECK(sp_pager_restore(&pager, address, 1, store, slot_of[page]) == 0);
-			slot_of[page] = 0;
-		} else {
-			sp_pager_wake(&pager, address, 1);
-		}
-	}
-}
-
 /* What the books call shared maps the store, and what they call private does not. */
 static void check_books(void)
 {
 	uint64_t entries[PAGES];
 
-	CHECK(sp_pagemap_read(pager.pagemap, data, PAGES, entries) == 0);
+	CHECK(sp_pagemap_read(racing.pager.pagemap, racing.data, PAGES, entries) == 0);
 	for (size_t i = 0; i < PAGES; i++)
 		CHECK(!slot_of[i] == !sp_pagemap_is_shared(entries[i]));
 }
@@ -89,22 +61,16 @@ static void check_books(void)
 static size_t replace_run(size_t first, size_t n, uint64_t slot)
 {
 	uint8_t outcomes[PAGES];
-	size_t merged = 0;
+	size_t merged;
 
-	for (size_t i = 0; i < n; i++)
-		if (slot_of[first + i])
-			return 0;
+	if (!racing_is_private(&racing, first, n))
+		return 0;
 	/* while others write: a torn copy will just differ */
-	CHECK(pwrite(store, data + first * SP_PAGE_SIZE, n * SP_PAGE_SIZE,
+	CHECK(pwrite(racing.store, racing.data + first * SP_PAGE_SIZE, n * SP_PAGE_SIZE,
 		     (off_t)(slot * SP_PAGE_SIZE)) == (ssize_t)(n * SP_PAGE_SIZE));
-	sp_pager_replace(&pager, data + first * SP_PAGE_SIZE, n, store, slot, outcomes);
-	for (size_t i = 0; i < n; i++) {
+	merged = racing_replace(&racing, first, n, slot, outcomes);
+	for (size_t i = 0; i < n; i++)
 		CHECK(outcomes[i] == WIRE_MERGED || outcomes[i] == WIRE_DIFFERS);
-		if (outcomes[i] != WIRE_MERGED)
-			continue;
-		slot_of[first + i] = slot + i;
-		merged++;
-	}
 	return merged;
 }
 
@@ -124,12 +90,10 @@ int main(void)
 	uint64_t slot = 1;
 	int uffd = open_uffd_or_skip();
 
-	data = map_pages(PAGES);
-	memset(data, 0, PAGES * SP_PAGE_SIZE);
-	store = make_store(SLOTS);
-	CHECK(sp_mailbox_init(&mailbox) == 0);
-	CHECK(sp_faults_start(&faults, uffd, &mailbox) == 0);
-	CHECK(sp_pager_init(&pager, uffd) == 0);
+	racing.data = map_pages(PAGES);
+	memset(racing.data, 0, PAGES * SP_PAGE_SIZE);
+	racing.store = make_store(SLOTS);
+	racing_start(&racing, uffd);
 	srandom(3);
 	for (uint32_t i = 0; i < THREADS; i++) {
 		counts[i].number = i;
@@ -145,30 +109,18 @@ int main(void)
 		if (!is_slot_used(slot, n))
 			swaps += replace_run(first, n, slot);
 		slot += n;
-		serve_faults();
+		racing_serve(&racing);
 		if (rounds % 64 == 0)
 			check_books();
 	}
 	atomic_store(&stop, true);
-	for (uint32_t i = 0; i < THREADS; i++) {
-		struct timespec soon = {0};
-
-		do {
-			serve_faults();
-			clock_gettime(CLOCK_REALTIME, &soon);
-			soon.tv_nsec += 1000000;
-			if (soon.tv_nsec >= 1000000000) {
-				soon.tv_nsec -= 1000000000;
-				soon.tv_sec++;
-			}
-		} while (pthread_timedjoin_np(threads[i], NULL, &soon));
-	}
+	for (uint32_t i = 0; i < THREADS; i++)
+		racing_join(&racing, threads[i]);
 	check_books();
 	for (uint32_t i = 0; i < THREADS; i++)
 		for (size_t page = 0; page < PAGES; page++)
 			CHECK(*counter(page, i) == counts[i].expected[page]);
-	sp_faults_stop(&faults);
-	sp_pager_destroy(&pager);
+	racing_stop(&racing);
 	printf("%zu swaps in %zu rounds, no count lost\n", swaps, rounds);
 	return 0;
 }

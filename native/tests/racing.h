@@ -1,0 +1,99 @@
+/*
+ * For tests in which threads use pages while this thread, as the mover, replaces them: one arena,
+ * its books, and the faults served.
+ */
+#ifndef SP_TEST_RACING_H
+#define SP_TEST_RACING_H
+
+#include <pthread.h>
+#include <time.h>
+
+#include "check.h"
+#include "faults.h"
+#include "mailbox.h"
+
+struct racing {
+	struct sp_mailbox mailbox;
+	struct sp_faults faults;
+	struct sp_pager pager;
+	uint8_t *data;
+	int store;
+	uint64_t *slot_of; /* of each page, 0: private */
+};
+
+/* Takes over `uffd`. */
+static inline void racing_start(struct racing *racing, int uffd)
+{
+	CHECK(sp_mailbox_init(&racing->mailbox) == 0);
+	CHECK(sp_faults_start(&racing->faults, uffd, &racing->mailbox) == 0);
+	CHECK(sp_pager_init(&racing->pager, uffd) == 0);
+}
+
+static inline void racing_stop(struct racing *racing)
+{
+	sp_faults_stop(&racing->faults);
+	sp_pager_destroy(&racing->pager);
+	sp_mailbox_destroy(&racing->mailbox);
+}
+
+static inline void racing_serve(struct racing *racing)
+{
+	struct sp_fault fault;
+	bool overflow;
+
+	while (sp_faults_next(&racing->faults, &fault, &overflow)) {
+		size_t page = (fault.address - (uintptr_t)racing->data) / SP_PAGE_SIZE;
+		uint8_t *address = racing->data + page * SP_PAGE_SIZE;
+		uint64_t slot = racing->slot_of[page];
+
+		CHECK(!overflow);
+		if (slot && !fault.missing) {
+			CHECK(sp_pager_restore(&racing->pager, address, 1, racing->store, slot) == 0);
+			racing->slot_of[page] = 0;
+		} else {
+			sp_pager_wake(&racing->pager, address, 1);
+		}
+	}
+}
+
+/* Replace pages from `first` on that are private by slots from `slot` on. One outcome a page;
+ * returns how many were replaced. */
+static inline size_t racing_replace(struct racing *racing, size_t first, size_t n, uint64_t slot,
+				    uint8_t *outcomes)
+{
+	size_t merged = 0;
+
+	sp_pager_replace(&racing->pager, racing->data + first * SP_PAGE_SIZE, n, racing->store,
+			 slot, outcomes);
+	for (size_t i = 0; i < n; i++) {
+		if (outcomes[i] != WIRE_MERGED)
+			continue;
+		racing->slot_of[first + i] = slot + i;
+		merged++;
+	}
+	return merged;
+}
+
+static inline bool racing_is_private(const struct racing *racing, size_t first, size_t n)
+{
+	for (size_t i = 0; i < n; i++)
+		if (racing->slot_of[first + i])
+			return false;
+	return true;
+}
+
+/* Wait for a thread's end, which may need its faults served. */
+static inline void racing_join(struct racing *racing, pthread_t thread)
+{
+	struct timespec soon;
+
+	do {
+		racing_serve(racing);
+		clock_gettime(CLOCK_REALTIME, &soon);
+		soon.tv_nsec += 1000000;
+		soon.tv_sec += soon.tv_nsec / 1000000000;
+		soon.tv_nsec %= 1000000000;
+	} while (pthread_timedjoin_np(thread, NULL, &soon));
+}
+
+#endif
