@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import structlog
 
 from samepage.daemon.wire import Outcome, PageState
+from samepage.reports import ShareReport
 from samepage_scanner.books import Arena, Books, Domain
 from samepage_scanner.config import Config
 from samepage_scanner.looking import Look, Looker
@@ -52,27 +53,11 @@ class ShareRefusedError(Exception):
         self.text = text
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What became of an arena's pages; see ShareOutcome in scanner.proto."""
-
-    merged: int
-    differs: int
-    pinned: int
-    absent: int
-    busy: int
-    no_mapping: int
-    unsupported: int
-    unique: int
-    shared: int
-    pages: int
-
-
 @dataclass(eq=False, slots=True)
 class _Request:
     domain: Domain
     arenas: Sequence[Arena]
-    answer: asyncio.Future[list[Report]]
+    answer: asyncio.Future[list[ShareReport]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,11 +69,11 @@ class _Merged:
     zero: Tally
     equal: Tally
 
-    def report(self, arena: Arena) -> Report:
+    def report(self, arena: Arena) -> ShareReport:
         number = self.arenas.index(arena)
         both = self.zero[number] + self.equal[number]
         shared = arena.pages.count(PageState.SHARED) + self.equal[number, Outcome.MERGED]
-        return Report(
+        return ShareReport(
             merged=int(both[Outcome.MERGED]),
             differs=int(both[Outcome.DIFFERS]),
             pinned=int(both[Outcome.PINNED]),
@@ -128,7 +113,7 @@ class Passes:
         self.interval = config.interval_seconds
         self.passes = 0
 
-    async def share(self, domain: Domain, arenas: Sequence[Arena]) -> list[Report]:
+    async def share(self, domain: Domain, arenas: Sequence[Arena]) -> list[ShareReport]:
         """Look now and merge what is equal.
 
         Args:
@@ -140,7 +125,7 @@ class Passes:
         Raises:
             ShareRefusedError: the merger is away, or there is nothing to report on.
         """
-        answer: asyncio.Future[list[Report]] = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[list[ShareReport]] = asyncio.get_running_loop().create_future()
         request = _Request(domain, arenas, answer)
         self._waiting.append(request)
         self._woken.set()

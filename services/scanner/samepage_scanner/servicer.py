@@ -10,10 +10,11 @@ from typing import Any, NoReturn
 
 import grpc
 
+from samepage.reports import ShareReport
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
 from samepage_scanner.books import Books
 from samepage_scanner.merging import MergerClient
-from samepage_scanner.passes import Passes, Report, ShareRefusedError
+from samepage_scanner.passes import Passes, ShareRefusedError
 from samepage_scanner.publisher import IndexAwayError, Publisher
 
 DEFAULT_DOMAIN = "default"
@@ -126,7 +127,7 @@ async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn
     raise AssertionError("abort() raises")
 
 
-def _sum(reports: Sequence[Report]) -> scanner_pb2.ShareOutcome:
+def _sum(reports: Sequence[ShareReport]) -> scanner_pb2.ShareOutcome:
     columns = zip(*(dataclasses.astuple(report) for report in reports), strict=True)
-    names = (field.name for field in dataclasses.fields(Report))
+    names = (field.name for field in dataclasses.fields(ShareReport))
     return scanner_pb2.ShareOutcome(**dict(zip(names, map(sum, columns), strict=True)))
