@@ -3,36 +3,23 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from samepage.cli.demo import measure
+
 KSM = Path("/sys/kernel/mm/ksm")
-_TICKS = os.sysconf("SC_CLK_TCK")
 
 
-def cpu_seconds(pids: list[int]) -> float:
-    """User and system time of processes so far, all threads; resolution one clock tick."""
-    total = 0
-    for pid in pids:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        total += int(fields[11]) + int(fields[12])
-    return total / _TICKS
+def cpu_seconds(pids: Iterable[int]) -> float:
+    """User and system time of processes and their children so far; resolution one clock tick."""
+    return sum(measure.cpu_seconds(pid) for pid in pids)
 
 
-def pss(pids: list[int]) -> int:
+def pss(pids: Iterable[int]) -> int:
     """Bytes of the processes' memory, each shared page split among those that map it."""
-    total = 0
-    for pid in pids:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                total += int(line.split()[1]) * 1024
-    return total
-
-
-def store_bytes(directory: Path) -> int:
-    """Bytes of a store that are in memory."""
-    return sum(file.stat().st_blocks * 512 for file in directory.iterdir())
+    return sum(measure.byte_fields(Path(f"/proc/{pid}/smaps_rollup"))["Pss"] for pid in pids)
 
 
 def thread_named(name: str) -> int | None:

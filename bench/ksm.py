@@ -87,12 +87,12 @@ def arena_run(cluster: LocalCluster, size: int, run: int, env: dict[str, str]) -
     """Share two processes' arenas."""
     host = cluster.cluster.hosts[0]
     env = {**env, "SAMEPAGE_DIR": str(host.directory)}
-    store = cluster.store(host.name)
     with ExitStack() as stack:
         holders = [stack.enter_context(holder("arena", size, run, env)) for _ in range(2)]
         applications = [process.pid for process in holders]
         everyone = [*applications, *cluster.pids().values()]
-        before = kernel.pss(applications) + kernel.store_bytes(store)
+        # a page of the store counts in the Pss of those that map it
+        before = kernel.pss(applications)
         cpu = kernel.cpu_seconds(everyone)
         first = holders[0]
         assert first.stdin is not None and first.stdout is not None
@@ -100,7 +100,6 @@ def arena_run(cluster: LocalCluster, size: int, run: int, env: dict[str, str]) -
         first.stdin.flush()
         report = json.loads(first.stdout.readline())
         cpu = kernel.cpu_seconds(everyone) - cpu
-        # a page of the store counts in the Pss of those that map it
         after = kernel.pss(applications)
         if report["shared"] < equal_pages(size, run) * 99 // 100:
             raise RuntimeError(f"not all was shared: {report}")

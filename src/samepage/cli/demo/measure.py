@@ -32,7 +32,7 @@ def memory(workers: Iterable[int], store: Path) -> Memory:
     """Measure the workers with these process ids, and the host's store in a tmpfs directory."""
     pss = pss_store = 0
     for pid in workers:
-        fields = _fields(Path(f"/proc/{pid}/smaps_rollup"))
+        fields = byte_fields(Path(f"/proc/{pid}/smaps_rollup"))
         pss += fields["Pss"]
         pss_store += fields["Pss_Shmem"]
     return Memory(pss, pss_store, resident_bytes(store))
@@ -47,10 +47,10 @@ def resident_bytes(store: Path) -> int:
 
 def available_bytes() -> int:
     """Return the memory that processes can still get, in bytes."""
-    return _fields(Path("/proc/meminfo"))["MemAvailable"]
+    return byte_fields(Path("/proc/meminfo"))["MemAvailable"]
 
 
-def _fields(file: Path) -> dict[str, int]:
+def byte_fields(file: Path) -> dict[str, int]:
     """Parse lines such as "Pss:   12 kB"; in bytes."""
     fields = {}
     for line in file.read_text().splitlines():
