@@ -255,6 +255,24 @@ async def test_slots_are_kept_between_two_orders_of_one_batch(
     host.assert_exact(*agents)
 
 
+async def test_slots_that_were_freed_meanwhile_are_not_given_out(
+    host: MergerHost, agents: list[FakeMergingAgent]
+) -> None:
+    data = random_pages(1, 10)
+    first, second, third = await open_all(agents, data)
+    await host.merge_all(first, second)
+    slots = first.slots.copy()
+    for agent, arena in ((agents[0], first), (agents[1], second)):
+        agent.write(arena, 0, b"own", 4)
+        await agent.flushed()
+    known = host.agents.find(agents[2].agent, third.number)
+    assert known is not None
+    outcomes = await host.orders.replace(known, np.arange(10), slots)
+    assert outcomes.tolist() == [Outcome.BUSY] * 4 + [Outcome.MERGED] * 6
+    assert third.view() == data.tobytes()
+    host.assert_exact(*agents)
+
+
 async def test_domains_share_nothing(host: MergerHost, agents: list[FakeMergingAgent]) -> None:
     data = random_pages(1, 100)
     arena = await agents[0].open("same-name", data, "one")

@@ -62,9 +62,20 @@ class Orders:
         return outcomes
 
     async def replace(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
-        """Let pages (ascending, each once) map slots; slot 0 is the zero page."""
+        """Let pages (ascending, each once) map slots; slot 0 is the zero page.
+
+        A slot that was freed between the caller's look at the books and now makes its page BUSY.
+        """
         if arena.state is not State.OPEN:
             return np.full(pages.size, GONE, np.uint8)
+        alive = (slots == wire.ZERO_SLOT) | arena.domain.books.table.contains(slots)
+        if alive.all():
+            return await self._replace_alive(arena, pages, slots)
+        outcomes = np.full(pages.size, Outcome.BUSY, np.uint8)
+        outcomes[alive] = await self._replace_alive(arena, pages[alive], slots[alive])
+        return outcomes
+
+    async def _replace_alive(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
         books = arena.domain.books
         guard = books.hold(slots)
         try:

@@ -58,6 +58,10 @@ class SlotTable:
         found, _ = self._find(slots)
         return slots[~found]
 
+    def contains(self, slots: Int64s) -> npt.NDArray[np.bool_]:
+        """Return whether each slot lives."""
+        return self._find(slots)[0]
+
     def add(self, slots: Int64s, fingerprints: Fingerprints) -> None:
         """Enter slots (ascending, each once, none alive) with no references."""
         if self._used and slots.size and slots[0] <= self._slots[self._used - 1]:
