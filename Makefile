@@ -11,6 +11,8 @@ export PYTHON
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
+BENCH_LINES ?= bench/results/last.jsonl
+BENCH_PICTURE ?= bench/results/last.png
 PACKAGING := pyproject.toml hatch_build.py
 GENERATED := src/samepage/v1
 PROTOS = $(sort $(wildcard proto/samepage/v1/*.proto))
@@ -82,8 +84,13 @@ native-test: $(STAMPS)/system-build ## Run the C library's own tests
 	    $(PYTHON) tests/needs.py; fi
 
 .PHONY: bench
-bench: $(STAMPS)/dev native ## Measure, side by side with KSM and plain Redis (BENCH_ARGS=--help)
-	@$(BIN)/python -m bench $(BENCH_ARGS)
+bench: $(STAMPS)/dev native ## Measure, side by side with the peers (BENCH_ARGS="ksm --runs 1", --help)
+	@mkdir -p $(dir $(BENCH_LINES)) && $(BIN)/python -m bench run $(BENCH_ARGS) | tee $(BENCH_LINES)
+
+.PHONY: bench-plot
+bench-plot: $(STAMPS)/dev ## Draw what `make bench` measured last, into BENCH_PICTURE
+	@$(BIN)/python -m bench plot $(BENCH_LINES) $(BENCH_PICTURE)
+	@echo "==> $(BENCH_PICTURE)"
 
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/

@@ -9,23 +9,18 @@ time as it likes, no pauses. Runs alternate, medians are told.
 from __future__ import annotations
 
 import asyncio
-import json
-import subprocess
-import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 
 from bench import kernel
-from bench.holder import PAGE
-from bench.record import Record, median
+from bench.holding import Holder, equal_pages, host, say, sockets
+from bench.record import Aim, Record, median
 from samepage.cli.cluster import LocalCluster
 
 _POLL_SECONDS = 0.005
 _KSM_SECONDS_MAX = 300.0
+_RUNS_FROM = 64
 PEER = "ksm flat out"
 
 
@@ -38,30 +33,7 @@ class Run:
     reclaimed: int
 
 
-@contextmanager
-def holder(kind: str, size: int, run: int, env: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
-    """A process that holds the memory, ready."""
-    command = [sys.executable, "-m", "bench.holder", kind, str(size), str(run)]
-    process = subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-    )
-    assert process.stdin is not None and process.stdout is not None
-    try:
-        if process.stdout.readline() != "ready\n":
-            raise RuntimeError(f"{' '.join(command)} did not become ready")
-        yield process
-    finally:
-        process.stdin.close()
-        process.wait()
-
-
-def equal_pages(size: int, run: int) -> int:
-    """Pages of one copy that the other has too."""
-    pages = size // PAGE
-    return pages if run == 0 else pages - len(range(run, pages, run + 1))
-
-
-def ksm_run(size: int, run: int, env: dict[str, str]) -> Run:
+def ksm_run(size: int, run: int) -> Run:
     """Let the kernel merge two processes' memory."""
     thread = kernel.thread_named("ksmd")
     if thread is None:
@@ -70,7 +42,7 @@ def ksm_run(size: int, run: int, env: dict[str, str]) -> Run:
     with ExitStack() as stack:
         # what ended processes shared counts until KSM is told to let go
         stack.callback((kernel.KSM / "run").write_text, "2")
-        pids = [stack.enter_context(holder("ksm", size, run, env)).pid for _ in range(2)]
+        pids = [stack.enter_context(Holder("ksm", size, run)).pid for _ in range(2)]
         stack.callback((kernel.KSM / "run").write_text, "0")
         before, cpu, start = kernel.pss(pids), kernel.cpu_seconds([thread]), time.monotonic()
         (kernel.KSM / "run").write_text("1")
@@ -83,54 +55,55 @@ def ksm_run(size: int, run: int, env: dict[str, str]) -> Run:
         return Run(wall, cpu, before - kernel.pss(pids))
 
 
-def arena_run(cluster: LocalCluster, size: int, run: int, env: dict[str, str]) -> Run:
+def arena_run(cluster: LocalCluster, size: int, run: int) -> Run:
     """Share two processes' arenas."""
-    host = cluster.cluster.hosts[0]
-    env = {**env, "SAMEPAGE_DIR": str(host.directory)}
     with ExitStack() as stack:
-        holders = [stack.enter_context(holder("arena", size, run, env)) for _ in range(2)]
-        applications = [process.pid for process in holders]
+        holders = [
+            stack.enter_context(Holder("arena", size, run, directory=sockets(cluster)))
+            for _ in range(2)
+        ]
+        applications = [holder.pid for holder in holders]
         everyone = [*applications, *cluster.pids().values()]
         # a page of the store counts in the Pss of those that map it
         before = kernel.pss(applications)
         cpu = kernel.cpu_seconds(everyone)
-        first = holders[0]
-        assert first.stdin is not None and first.stdout is not None
-        first.stdin.write("share\n")
-        first.stdin.flush()
-        report = json.loads(first.stdout.readline())
+        report = holders[0].call("share")
         cpu = kernel.cpu_seconds(everyone) - cpu
         after = kernel.pss(applications)
         if report["shared"] < equal_pages(size, run) * 99 // 100:
             raise RuntimeError(f"not all was shared: {report}")
-        return Run(report["seconds"], cpu, before - after)
+        return Run(report["end"] - report["start"], cpu, before - after)
 
 
-async def measure(size: int, run: int, runs: int, env: dict[str, str]) -> list[Record]:
+async def measure(size: int, run: int, runs: int) -> list[Record]:
     """Both, alternating."""
     ours: list[Run] = []
     theirs: list[Run] = []
-    with tempfile.TemporaryDirectory(prefix="samepage-bench-") as directory, ExitStack() as stack:
+    with ExitStack() as stack:
         obstacle = kernel.ksm_obstacle()
         if obstacle is None:
             stack.enter_context(kernel.ksm_flat_out())
         else:
-            print(f"measuring without the peer: {obstacle}", file=sys.stderr)
-        async with LocalCluster(Path(directory), 1, lambda text: print(text, file=sys.stderr)) as c:
+            say(f"measuring without the peer: {obstacle}")
+        async with host() as cluster:
             for _ in range(runs):
-                ours.append(await asyncio.to_thread(arena_run, c, size, run, env))
+                ours.append(await asyncio.to_thread(arena_run, cluster, size, run))
                 if obstacle is None:
-                    theirs.append(await asyncio.to_thread(ksm_run, size, run, env))
-    name = f"2 x {size >> 20} MiB, " + (f"runs of {run} pages" if run else "all equal")
+                    theirs.append(await asyncio.to_thread(ksm_run, size, run))
+    kind = {0: "all equal", 1: "single pages"}.get(run, f"runs of {run} pages")
+    name = f"2 x {size >> 20} MiB, {kind}"
+    is_long = run == 0 or run >= _RUNS_FROM
 
-    def record(what: str, unit: str, field: str, scale: float = 1.0) -> Record:
+    def record(
+        what: str, unit: str, field: str, aim: Aim | None = None, scale: float = 1.0
+    ) -> Record:
         mine = median([getattr(run, field) * scale for run in ours])
         peer = median([getattr(run, field) * scale for run in theirs])
         assert mine is not None
-        return Record("ksm", f"{name}: {what}", unit, peer, mine, PEER, runs)
+        return Record("ksm", f"{name}: {what}", unit, peer, mine, PEER, runs, aim)
 
     return [
-        record("wall", "s", "wall"),
-        record("processor time", "s", "cpu"),
-        record("reclaimed", "MiB", "reclaimed", 1 / (1 << 20)),
+        record("wall", "s", "wall", Aim("<=", 0.25 if is_long else 1.0)),
+        record("processor time", "s", "cpu", Aim("<=", 0.2 if is_long else 1.0)),
+        record("reclaimed", "MiB", "reclaimed", scale=1 / (1 << 20)),
     ]
