@@ -1,4 +1,4 @@
-/* Compiled with -DVARIANT=baseline and, on x86-64, -DVARIANT=avx2 -mavx2. */
+/* Compiled with -DVARIANT=baseline and, on x86-64, once more for each wider instruction set. */
 #define XXH_INLINE_ALL
 #define XXH_STATIC_LINKING_ONLY
 #include "fingerprint.h"

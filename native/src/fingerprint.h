@@ -1,5 +1,5 @@
 /*
- * XXH3-128 of pages. fingerprint.c is compiled once for every processor and once with AVX2;
+ * XXH3-128 of pages. fingerprint.c is compiled once for every processor and with AVX2 and AVX-512;
  * sp_fingerprint() takes what the processor has.
  */
 #ifndef SP_FINGERPRINT_H
@@ -10,5 +10,6 @@
 
 void sp_fingerprint_baseline(const void *data, size_t pages, uint64_t seed, uint8_t *fingerprints);
 void sp_fingerprint_avx2(const void *data, size_t pages, uint64_t seed, uint8_t *fingerprints);
+void sp_fingerprint_avx512(const void *data, size_t pages, uint64_t seed, uint8_t *fingerprints);
 
 #endif
