@@ -96,6 +96,28 @@ def test_sharing_from_the_command(up: Up, node: client.Node) -> None:
     assert json.loads(samepage("arenas", "--dir", up.directory, "--json").stdout) == []
 
 
+def test_policies_are_changed_on_one_host_or_all(up: Up) -> None:
+    changed = samepage("policy", "cpu_percent=5", "--host", "host-2", "--dir", up.directory)
+    assert changed.returncode == 0, changed.stderr
+    shown = samepage("policy", "--dir", up.directory, "--json")
+    scanners = [one for one in json.loads(shown.stdout) if one["daemon"] == "scanner"]
+    assert {one["host"]: one["cpu_percent"] for one in scanners} == {"host-1": 10, "host-2": 5}
+    changed = samepage("policy", "cpu_percent=10", "--dir", up.directory, "--json")
+    assert [one["cpu_percent"] for one in json.loads(changed.stdout) if "cpu_percent" in one] == [
+        10,
+        10,
+    ]
+
+
+def test_policies_that_are_refused(up: Up) -> None:
+    done = samepage("policy", "cpu_percent=900", "--dir", up.directory)
+    assert done.returncode == 2
+    assert "cpu_percent must be more than 0 and at most 100" in done.stderr
+    done = samepage("policy", "--host", "host-3", "--dir", up.directory)
+    assert done.returncode == 1
+    assert "there is no host 'host-3' here; there is host-1, host-2" in done.stderr
+
+
 def test_one_arena_of_one_host(up: Up, node: client.Node) -> None:
     with (
         node.create_arena("left", size="1MiB", domain="cli") as left,

@@ -265,3 +265,18 @@ def test_version_and_help() -> None:
     for command in ("up", "status", "arenas", "share", "doctor", "demo"):
         done = samepage(command, "--help")
         assert done.returncode == 0 and "--json" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ("cpu_percent", "NAME=VALUE"),
+        ("speed=9", "there is no policy 'speed'; there are interval_seconds, "),
+        ("cpu_percent=fast", "'fast' is not a number"),
+        ("cpu_percent=inf", "'inf' is not a number"),
+    ],
+)
+def test_policies_that_are_none(tmp_path: Path, change: str, text: str) -> None:
+    done = samepage("policy", change, "--dir", tmp_path)
+    assert done.returncode == 2
+    assert text in done.stderr

@@ -13,6 +13,8 @@ from samepage.daemon.server import check_listen
 
 SECTION = "scanner"
 
+_SECONDS_MIN = 0.001
+_SECONDS_MAX = 86400.0
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -46,9 +48,13 @@ class Config:
         "Empty: they do not reach it.",
     )
     index: str = setting("", "gRPC target of the index, host:port. Empty: no index.")
-    interval_seconds: float = setting(10.0, "Pause between two background passes, in seconds.")
+    interval_seconds: float = setting(
+        10.0,
+        "Seconds from the beginning of a background pass to the next. A policy, as are the next "
+        "ones up to cpu_percent: `samepage policy` changes them while the scanner runs.",
+    )
     interval_max_seconds: float = setting(
-        120.0, "How long the pause may grow, in seconds, while passes find nothing to do."
+        120.0, "What the interval may grow to, in seconds, while passes find nothing to do."
     )
     cpu_percent: float = setting(
         10.0,
@@ -81,16 +87,28 @@ class Config:
             f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
         )
         check_listen(self.listen)
-        for name in ("interval_seconds", "answer_seconds", "merger_seconds"):
+        for name in ("answer_seconds", "merger_seconds"):
             require(getattr(self, name) > 0, f"{name} must be more than 0")
-        require(
-            self.interval_max_seconds >= self.interval_seconds,
-            "interval_max_seconds must not be less than interval_seconds",
-        )
-        require(0 < self.cpu_percent <= 100, "cpu_percent must be more than 0 and at most 100")
+        self._check_policy()
         require(0 < self.pages_max <= 1 << 32, "pages_max must be 1 to 4294967296")
         require(self.drain_seconds >= 0, "drain_seconds must not be negative")
         check_level(self.log_level)
+
+    def _check_policy(self) -> None:
+        low, high = self.interval_seconds, self.interval_max_seconds
+        require(
+            _SECONDS_MIN <= low <= _SECONDS_MAX,
+            f"interval_seconds must be {_SECONDS_MIN:g} to {_SECONDS_MAX:g}, not {low:g}",
+        )
+        require(
+            low <= high <= _SECONDS_MAX,
+            f"interval_max_seconds must be interval_seconds ({low:g}) to {_SECONDS_MAX:g}, "
+            f"not {high:g}",
+        )
+        require(
+            0 < self.cpu_percent <= 100,
+            f"cpu_percent must be more than 0 and at most 100, not {self.cpu_percent:g}",
+        )
 
     @property
     def node_name(self) -> str:

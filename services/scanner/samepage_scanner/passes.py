@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import structlog
 
+from samepage.daemon.policies import Policies
 from samepage.daemon.wire import Outcome, PageState
 from samepage.reports import ShareReport
 from samepage_scanner.books import Arena, Books, Domain
@@ -100,17 +101,21 @@ class Passes:
     """
 
     def __init__(
-        self, config: Config, books: Books, merger: MergerClient, passed: Callable[[], None]
+        self,
+        policies: Policies[Config],
+        books: Books,
+        merger: MergerClient,
+        passed: Callable[[], None],
     ) -> None:
-        self._config = config
+        self._policies = policies
         self._books = books
         self._merger = merger
         self._passed = passed
-        self._looker = Looker(books, config.answer_seconds)
+        self._looker = Looker(books, policies.current.answer_seconds)
         self._waiting: list[_Request] = []
         self._woken = asyncio.Event()
         self._running = asyncio.Lock()
-        self.interval = config.interval_seconds
+        self.interval = policies.current.interval_seconds
         self.passes = 0
 
     async def share(self, domain: Domain, arenas: Sequence[Arena]) -> list[ShareReport]:
@@ -137,13 +142,13 @@ class Passes:
 
     def hasten(self) -> None:
         """Something is new: have the next background pass after the short pause."""
-        self.interval = self._config.interval_seconds
+        self.interval = self._policies.current.interval_seconds
         self._woken.set()
 
     async def run_forever(self) -> None:
         """Passes, each after its pause or as soon as a share waits, until cancelled."""
         clock = asyncio.get_running_loop().time
-        ended, pause = clock(), self.interval
+        ended, pause = clock(), 0.0
         while True:
             await self._sleep(ended + max(pause, self.interval) - clock())
             if self._waiting:
@@ -192,11 +197,11 @@ class Passes:
             if domain.dirty and not self._waiting:
                 merged += await self._merge_in_background(domain)
         if look.written or merged:
-            self.interval = self._config.interval_seconds
+            self.interval = self._policies.current.interval_seconds
         else:
-            self.interval = min(2 * self.interval, self._config.interval_max_seconds)
+            self.interval = min(2 * self.interval, self._policies.current.interval_max_seconds)
         busy = look.agent_seconds + time.process_time() - cpu
-        return busy * (100 / self._config.cpu_percent - 1)
+        return busy * (100 / self._policies.current.cpu_percent - 1)
 
     async def _merge_in_background(self, domain: Domain) -> int:
         try:
@@ -227,7 +232,7 @@ class Passes:
             for share in shares:
                 _fail(share, errno.ENOTCONN, str(error))
         else:
-            self.interval = self._config.interval_seconds
+            self.interval = self._policies.current.interval_seconds
             for share in shares:
                 _narrow(share, set(done.arenas))
                 if not share.answer.done():

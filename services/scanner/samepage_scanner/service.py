@@ -11,6 +11,7 @@ import structlog
 
 from samepage.daemon.config import ConfigError
 from samepage.daemon.peers import PeerServer
+from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import Health
 from samepage.v1 import scanner_pb2_grpc
@@ -39,6 +40,7 @@ class ScannerService:
 
     def __init__(self, config: Config) -> None:
         self._config = config
+        self.policies = Policies(config)
         self.health = Health(["samepage.v1.Scanner"])
         self.listen = config.addresses
         self.drain_seconds = config.drain_seconds
@@ -49,7 +51,8 @@ class ScannerService:
             config.merger_target, config.merger_seconds, self._merger_changed
         )
         self.publisher = self._make_publisher() if config.index else None
-        self.passes = Passes(config, self.books, self.merger, self._passed)
+        self.passes = Passes(self.policies, self.books, self.merger, self._passed)
+        self.policies.follow(self.passes.hasten)
         channel = Channel(self.books, self.passes, self.passes.hasten)
         self._peers = PeerServer(config.dir / SOCKET, channel, WINDOW_BYTES)
         self._loops: list[asyncio.Task[None]] = []
@@ -57,7 +60,12 @@ class ScannerService:
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicer."""
         servicer = ScannerServicer(
-            self._config.node_name, self.books, self.passes, self.merger, self.publisher
+            self._config.node_name,
+            self.books,
+            self.passes,
+            self.merger,
+            self.publisher,
+            self.policies,
         )
         scanner_pb2_grpc.add_ScannerServicer_to_server(servicer, server)
 

@@ -10,9 +10,12 @@ from typing import Any, NoReturn
 
 import grpc
 
+from samepage.daemon.config import ConfigError
+from samepage.daemon.policies import Policies
 from samepage.reports import ShareReport
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
 from samepage_scanner.books import Books
+from samepage_scanner.config import Config
 from samepage_scanner.merging import MergerClient
 from samepage_scanner.passes import Passes, ShareRefusedError
 from samepage_scanner.publisher import IndexAwayError, Publisher
@@ -38,12 +41,14 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
         passes: Passes,
         merger: MergerClient,
         publisher: Publisher | None,
+        policies: Policies[Config],
     ) -> None:
         self._node = node
         self._books = books
         self._passes = passes
         self._merger = merger
         self._publisher = publisher
+        self._policies = policies
 
     async def ListScannedArenas(
         self, request: scanner_pb2.ListScannedArenasRequest, context: Context
@@ -120,6 +125,24 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
             ],
             distinct_pages=distinct,
         )
+
+    async def GetPolicy(
+        self, request: scanner_pb2.GetScannerPolicyRequest, context: Context
+    ) -> scanner_pb2.GetScannerPolicyResponse:
+        """What may change while the scanner runs."""
+        policy = self._policies.fill(scanner_pb2.ScannerPolicy())
+        return scanner_pb2.GetScannerPolicyResponse(policy=policy)
+
+    async def SetPolicy(
+        self, request: scanner_pb2.SetScannerPolicyRequest, context: Context
+    ) -> scanner_pb2.SetScannerPolicyResponse:
+        """Change it, and say what it is then."""
+        try:
+            self._policies.change(request.policy)
+        except ConfigError as error:
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        policy = self._policies.fill(scanner_pb2.ScannerPolicy())
+        return scanner_pb2.SetScannerPolicyResponse(policy=policy)
 
 
 async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:

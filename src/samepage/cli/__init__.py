@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from samepage import errors
-from samepage.cli import arenas, doctor, share, status, up
+from samepage.cli import arenas, doctor, policy, share, status, up
 from samepage.cli.demo import command as demo_command
 
 EXIT_CODES = (
@@ -30,7 +30,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (up.up, status.status, arenas.arenas, share.share, doctor.doctor, demo_command.demo):
+COMMANDS = (
+    up.up,
+    status.status,
+    arenas.arenas,
+    share.share,
+    policy.policy,
+    doctor.doctor,
+    demo_command.demo,
+)
+for command in COMMANDS:
     app.command()(command)
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from samepage.client import DEFAULT_DIRECTORY
-from samepage.errors import InvalidArgumentError, NotRunningError
+from samepage.errors import InvalidArgumentError, NotFoundError, NotRunningError
 
 CLUSTER_FILE = "cluster.json"
 
@@ -78,3 +79,16 @@ def read(file: Path) -> Cluster:
         return Cluster(hosts, content["index"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"{file} cannot be read: {error}") from error
+
+
+def named(hosts: Sequence[Host], name: str) -> list[Host]:
+    """Return the hosts of this name; all of them for an empty one.
+
+    Raises:
+        NotFoundError: there is none.
+    """
+    chosen = [host for host in hosts if name in ("", host.name)]
+    if not chosen:
+        known = ", ".join(host.name for host in hosts if host.name) or "none by name"
+        raise NotFoundError(f"there is no host {name!r} here; there is {known}")
+    return chosen

@@ -54,14 +54,8 @@ def _choose(hosts: tuple[places.Host, ...], arena: str) -> tuple[list[places.Hos
     Raises:
         NotFoundError: there is no host of that name.
     """
-    wanted, slash, name = arena.rpartition("/")
-    if not slash:
-        return list(hosts), arena
-    chosen = [host for host in hosts if host.name == wanted]
-    if not chosen:
-        known = ", ".join(host.name for host in hosts if host.name) or "none by name"
-        raise NotFoundError(f"there is no host {wanted!r} here; there is {known}")
-    return chosen, name
+    wanted, _, name = arena.rpartition("/")
+    return places.named(hosts, wanted), name
 
 
 def _share(

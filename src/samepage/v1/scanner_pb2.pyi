@@ -319,3 +319,123 @@ class HostOverlap(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___HostOverlap: _TypeAlias = HostOverlap  # noqa: Y015
+
+@_typing.final
+class ScannerPolicy(_message.Message):
+    """Each field is the setting of its name in the scanner's configuration, which has the defaults."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
+    INTERVAL_MAX_SECONDS_FIELD_NUMBER: _builtins.int
+    CPU_PERCENT_FIELD_NUMBER: _builtins.int
+    interval_seconds: _builtins.float
+    """Seconds from the beginning of a background pass to the next; 0.001 to 86400."""
+    interval_max_seconds: _builtins.float
+    """What the interval may grow to while passes find nothing, seconds; interval_seconds to 86400."""
+    cpu_percent: _builtins.float
+    """CPU budget of background passes, percent of one core; above 0 to 100."""
+    def __init__(
+        self,
+        *,
+        interval_seconds: _builtins.float | None = ...,
+        interval_max_seconds: _builtins.float | None = ...,
+        cpu_percent: _builtins.float | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__cpu_percent: _TypeAlias = _typing.Literal["cpu_percent"]  # noqa: Y015
+    _WhichOneofArgType__cpu_percent: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent"]  # noqa: Y015
+    _WhichOneofReturnType__interval_max_seconds: _TypeAlias = _typing.Literal["interval_max_seconds"]  # noqa: Y015
+    _WhichOneofArgType__interval_max_seconds: _TypeAlias = _typing.Literal["_interval_max_seconds", b"_interval_max_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__interval_seconds: _TypeAlias = _typing.Literal["interval_seconds"]  # noqa: Y015
+    _WhichOneofArgType__interval_seconds: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_percent) -> _WhichOneofReturnType__cpu_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_max_seconds) -> _WhichOneofReturnType__interval_max_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_seconds) -> _WhichOneofReturnType__interval_seconds | None: ...
+
+Global___ScannerPolicy: _TypeAlias = ScannerPolicy  # noqa: Y015
+
+@_typing.final
+class GetScannerPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetScannerPolicyRequest: _TypeAlias = GetScannerPolicyRequest  # noqa: Y015
+
+@_typing.final
+class GetScannerPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___ScannerPolicy: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___ScannerPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetScannerPolicyResponse: _TypeAlias = GetScannerPolicyResponse  # noqa: Y015
+
+@_typing.final
+class SetScannerPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___ScannerPolicy:
+        """Fields that are absent stay as they are."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___ScannerPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetScannerPolicyRequest: _TypeAlias = SetScannerPolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetScannerPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___ScannerPolicy:
+        """The whole policy after the change."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___ScannerPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetScannerPolicyResponse: _TypeAlias = SetScannerPolicyResponse  # noqa: Y015

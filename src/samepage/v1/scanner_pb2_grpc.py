@@ -54,6 +54,16 @@ class ScannerStub:
                 request_serializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapResponse.FromString,
                 _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/samepage.v1.Scanner/GetPolicy',
+                request_serializer=samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/samepage.v1.Scanner/SetPolicy',
+                request_serializer=samepage_dot_v1_dot_scanner__pb2.SetScannerPolicyRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_scanner__pb2.SetScannerPolicyResponse.FromString,
+                _registered_method=True)
 
 
 class ScannerServicer:
@@ -88,6 +98,21 @@ class ScannerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPolicy(self, request, context):
+        """What may be changed while the scanner runs, as it is now.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Change it, until the scanner ends: at once, and all fields that are present or none.
+        Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ScannerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -110,6 +135,16 @@ def add_ScannerServicer_to_server(servicer, server):
                     servicer.GetOverlap,
                     request_deserializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapResponse.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=samepage_dot_v1_dot_scanner__pb2.SetScannerPolicyRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_scanner__pb2.SetScannerPolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -220,6 +255,60 @@ class Scanner:
             '/samepage.v1.Scanner/GetOverlap',
             samepage_dot_v1_dot_scanner__pb2.GetOverlapRequest.SerializeToString,
             samepage_dot_v1_dot_scanner__pb2.GetOverlapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Scanner/GetPolicy',
+            samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyRequest.SerializeToString,
+            samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Scanner/SetPolicy',
+            samepage_dot_v1_dot_scanner__pb2.SetScannerPolicyRequest.SerializeToString,
+            samepage_dot_v1_dot_scanner__pb2.SetScannerPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

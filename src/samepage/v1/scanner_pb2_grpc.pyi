@@ -42,6 +42,12 @@ class ScannerStub:
     """How much of this host's memory the index knows on other hosts.
     Errors: UNAVAILABLE (the index is away).
     """
+    GetPolicy: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerPolicyRequest, _scanner_pb2.GetScannerPolicyResponse]
+    """What may be changed while the scanner runs, as it is now."""
+    SetPolicy: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.SetScannerPolicyRequest, _scanner_pb2.SetScannerPolicyResponse]
+    """Change it, until the scanner ends: at once, and all fields that are present or none.
+    Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
+    """
 
 @_typing.type_check_only
 class ScannerAsyncStub(ScannerStub):
@@ -56,6 +62,12 @@ class ScannerAsyncStub(ScannerStub):
     GetOverlap: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetOverlapRequest, _scanner_pb2.GetOverlapResponse]  # type: ignore[assignment]
     """How much of this host's memory the index knows on other hosts.
     Errors: UNAVAILABLE (the index is away).
+    """
+    GetPolicy: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerPolicyRequest, _scanner_pb2.GetScannerPolicyResponse]  # type: ignore[assignment]
+    """What may be changed while the scanner runs, as it is now."""
+    SetPolicy: _aio.UnaryUnaryMultiCallable[_scanner_pb2.SetScannerPolicyRequest, _scanner_pb2.SetScannerPolicyResponse]  # type: ignore[assignment]
+    """Change it, until the scanner ends: at once, and all fields that are present or none.
+    Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
     """
 
 class ScannerServicer(metaclass=_abc_1.ABCMeta):
@@ -92,6 +104,24 @@ class ScannerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scanner_pb2.GetOverlapResponse, _abc.Awaitable[_scanner_pb2.GetOverlapResponse]]:
         """How much of this host's memory the index knows on other hosts.
         Errors: UNAVAILABLE (the index is away).
+        """
+
+    @_abc_1.abstractmethod
+    def GetPolicy(
+        self,
+        request: _scanner_pb2.GetScannerPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scanner_pb2.GetScannerPolicyResponse, _abc.Awaitable[_scanner_pb2.GetScannerPolicyResponse]]:
+        """What may be changed while the scanner runs, as it is now."""
+
+    @_abc_1.abstractmethod
+    def SetPolicy(
+        self,
+        request: _scanner_pb2.SetScannerPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scanner_pb2.SetScannerPolicyResponse, _abc.Awaitable[_scanner_pb2.SetScannerPolicyResponse]]:
+        """Change it, until the scanner ends: at once, and all fields that are present or none.
+        Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
         """
 
 def add_ScannerServicer_to_server(servicer: ScannerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
