@@ -17,6 +17,7 @@ from samepage import errors
 
 MERGER_SOCKET = "merger-api.sock"
 SCANNER_SOCKET = "scanner-api.sock"
+ARENAS_SOCKET = "arenas-api.sock"
 TIMEOUT_SECONDS = 10.0
 
 STATUS_ERRORS = {

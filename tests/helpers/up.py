@@ -15,6 +15,13 @@ from typing import Any
 
 from samepage.cli import places
 
+_SERVICES = {
+    "samepage_index": "index",
+    "samepage_merger": "merger",
+    "samepage_merger.holding": "arenas",
+    "samepage_scanner": "scanner",
+}
+
 
 def samepage(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
@@ -56,14 +63,14 @@ class Up:
         raise AssertionError(f"'samepage up' ended without saying {event} {text}")
 
     def daemons(self) -> dict[str, int]:
-        """The daemons' processes by module: "samepage_index" and so on; by name of host too."""
+        """The daemons' processes: "index", and "merger" and so on under each host's name."""
         found = {}
         for pid in descendants(self.process.pid):
             arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
             settings = dict(line.split("=", 1) for line in environment if "=" in line)
             if arguments[1:2] == ["-m"]:
-                service = arguments[2].removeprefix("samepage_")
+                service = _SERVICES[arguments[2]]
                 node = settings.get(f"SAMEPAGE_{service.upper()}_NODE")
                 found[f"{node}/{service}" if node else service] = pid
         return found

@@ -45,9 +45,11 @@ def test_the_cluster_file_says_where_everything_is(up: Up) -> None:
     for host in content["hosts"]:
         assert (Path(host["dir"]) / "merger.sock").is_socket()
         assert (Path(host["dir"]) / "scanner.sock").is_socket()
+        assert (Path(host["dir"]) / "arenas-api.sock").is_socket()
     addresses = [content["index"]]
-    addresses += [host[service] for host in content["hosts"] for service in ("merger", "scanner")]
-    assert len(set(addresses)) == 5
+    services = ("merger", "scanner", "arenas")
+    addresses += [host[service] for host in content["hosts"] for service in services]
+    assert len(set(addresses)) == 7
     assert all(address.startswith("127.0.0.1:") for address in addresses)
 
 
@@ -63,6 +65,7 @@ def test_status(up: Up) -> None:
     assert [host["name"] for host in answer["hosts"]] == ["host-1", "host-2"]
     assert [host["merger"]["node"] for host in answer["hosts"]] == ["host-1", "host-2"]
     assert all(host["scanner"]["merger_connected"] for host in answer["hosts"])
+    assert [host["arenas"]["node"] for host in answer["hosts"]] == ["host-1", "host-2"]
     assert "embedded" in answer["index"]["store"]
     table = samepage("status", "--dir", up.directory)
     assert table.returncode == 0 and "serving" in table.stdout and "host-2" in table.stdout
@@ -175,7 +178,7 @@ def test_a_second_one_in_the_same_directory_is_refused(up: Up) -> None:
     assert samepage("status", "--dir", up.directory).returncode == 0
 
 
-@pytest.mark.parametrize("daemon", ["host-1/merger", "host-1/scanner", "index"])
+@pytest.mark.parametrize("daemon", ["host-1/merger", "host-1/scanner", "host-1/arenas", "index"])
 def test_a_killed_daemon_comes_back_where_it_was(tmp_path: Path, daemon: str) -> None:
     with running(tmp_path) as up:
         before = up.cluster
@@ -192,7 +195,7 @@ def test_a_killed_daemon_comes_back_where_it_was(tmp_path: Path, daemon: str) ->
 def test_nothing_is_left_after_a_signal(tmp_path: Path, number: signal.Signals) -> None:
     up = Up(tmp_path, hosts=2)
     processes = descendants(up.process.pid)
-    assert len(processes) >= 5
+    assert len(processes) >= 7
     assert all(store.is_dir() for store in stores(tmp_path, 2))
     up.process.send_signal(number)
     up.process.communicate(timeout=30)

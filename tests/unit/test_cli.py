@@ -14,7 +14,7 @@ import pytest
 from helpers.up import samepage, wait_until_gone
 
 from samepage import native
-from samepage.cli import doctor, places
+from samepage.cli import daemons, doctor, places, status
 from samepage.cli.child import Child, ChildError
 from samepage.cli.demo import files, measure
 from samepage.errors import InvalidArgumentError, NotRunningError
@@ -122,7 +122,8 @@ async def test_a_child_ends_with_its_parent(child: Child, tmp_path: Path) -> Non
 def test_the_hosts_of_a_directory(tmp_path: Path) -> None:
     assert places.find(tmp_path) == places.Cluster((places.Host("", tmp_path),))
     cluster = places.Cluster(
-        (places.Host("host-1", tmp_path / "host-1", "127.0.0.1:1", "127.0.0.1:2"),), "127.0.0.1:3"
+        (places.Host("host-1", tmp_path / "host-1", *(f"127.0.0.1:{port}" for port in (1, 2, 3))),),
+        "127.0.0.1:4",
     )
     (tmp_path / "cluster.json").write_text(json.dumps(cluster.to_json()))
     assert places.find(tmp_path) == cluster
@@ -191,6 +192,16 @@ def test_measures_come_from_the_kernel(tmp_path: Path) -> None:
     before = measure.cpu_seconds(os.getpid())
     assert before > 0
     assert measure.cpu_seconds(2**22 + 1) == 0
+
+
+def test_a_host_need_not_hold_arenas_for_others(tmp_path: Path) -> None:
+    for address, away in (
+        ("", "merger, scanner away"),
+        ("127.0.0.1:1", "merger, scanner, arenas away"),
+    ):
+        found = daemons.host_status(places.Host("host-1", tmp_path, arenas=address))
+        assert status._row(found)[:2] == ["host-1", away]
+        assert sum("arenas-api.sock" in error for error in found.errors) == bool(address)
 
 
 def test_no_daemons(tmp_path: Path) -> None:

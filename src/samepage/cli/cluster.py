@@ -1,4 +1,5 @@
-"""A whole cluster as child processes of this one: an index, and a merger and a scanner a host.
+"""A whole cluster as child processes of this one: an index, and a merger, a scanner and a helper
+that holds arenas a host.
 
 In its directory: `secret` (the cluster's secret, kept), `cluster.json` (while it runs), `logs/`,
 for each host its socket directory, and `index/` for the embedded Valkey.
@@ -58,6 +59,7 @@ class LocalCluster:
         if not 1 <= hosts <= HOSTS_MAX:
             raise InvalidArgumentError(f"{hosts} hosts: give 1 to {HOSTS_MAX}")
         self._directory = directory.absolute()
+        self._secret = self._directory / "secret"
         self._names = [f"host-{number}" for number in range(1, hosts + 1)]
         self._say = say
         self._lock = -1
@@ -75,7 +77,7 @@ class LocalCluster:
         return store_directory(self._directory, host)
 
     def pids(self) -> dict[str, int]:
-        """The daemons' processes: "index", and "merger" and "scanner" under each host's name."""
+        """The daemons' processes: "index", and "merger" and so on under each host's name."""
         return {child.name: child.pid for group in self._children for child in group}
 
     async def __aenter__(self) -> Self:
@@ -135,7 +137,7 @@ class LocalCluster:
     def _make_secret(self) -> None:
         with contextlib.suppress(FileExistsError):
             flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
-            with open(os.open(self._directory / "secret", flags, 0o600), "wb") as file:
+            with open(os.open(self._secret, flags, 0o600), "wb") as file:
                 file.write(base64.b64encode(os.urandom(_SECRET_BYTES)) + b"\n")
 
     async def _start(self) -> None:
@@ -148,11 +150,13 @@ class LocalCluster:
             for name, merger in zip(self._names, mergers, strict=True)
         ]
         await self._start_group(scanners)
-        places = zip(self._names, mergers, scanners, strict=True)
+        helpers = [self._arenas_child(name) for name in self._names]
+        await self._start_group(helpers)
+        children = zip(self._names, mergers, scanners, helpers, strict=True)
         self._cluster = Cluster(
             tuple(
-                Host(name, self._directory / name, merger.address, scanner.address)
-                for name, merger, scanner in places
+                Host(name, self._directory / name, *(child.address for child in daemons))
+                for name, *daemons in children
             ),
             index.address,
         )
@@ -185,19 +189,30 @@ class LocalCluster:
         return Child("index", "samepage_index", env, ready, log, "SAMEPAGE_INDEX_LISTEN")
 
     def _merger_child(self, host: str) -> Child:
-        return self._host_child(host, "merger", {"STORE_DIR": str(self.store(host))})
+        settings = {
+            "STORE_DIR": str(self.store(host)),
+            "SECRET_FILE": str(self._secret),
+        }
+        return self._host_child(host, "merger", "samepage_merger", settings)
 
     def _scanner_child(self, host: str, index: str, merger: str) -> Child:
-        return self._host_child(host, "scanner", {"INDEX": index, "MERGER_ADDRESS": merger})
+        settings = {
+            "INDEX": index,
+            "MERGER_ADDRESS": merger,
+            "SECRET_FILE": str(self._secret),
+        }
+        return self._host_child(host, "scanner", "samepage_scanner", settings)
 
-    def _host_child(self, host: str, service: str, extra: dict[str, str]) -> Child:
+    def _arenas_child(self, host: str) -> Child:
+        return self._host_child(host, "arenas", "samepage_merger.holding", {})
+
+    def _host_child(self, host: str, service: str, module: str, extra: dict[str, str]) -> Child:
         directory = self._directory / host
         ready = directory / f"{service}.ready"
         settings = {
             "NODE": host,
             "DIR": str(directory),
             "LISTEN": _LOOPBACK,
-            "SECRET_FILE": str(self._directory / "secret"),
             "READY_FILE": str(ready),
             "DRAIN_SECONDS": _DRAIN_SECONDS,
             **extra,
@@ -205,7 +220,7 @@ class LocalCluster:
         prefix = f"SAMEPAGE_{service.upper()}_"
         return Child(
             f"{host}/{service}",
-            f"samepage_{service}",
+            module,
             {prefix + name: value for name, value in settings.items()},
             ready,
             self._directory / "logs" / f"{host}-{service}.log",
@@ -216,7 +231,7 @@ class LocalCluster:
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
-        # Scanners use mergers and the index, so they go first, and the index last.
+        # Helpers and scanners use mergers, and scanners the index: who started last ends first.
         for group in reversed(self._children):
             await asyncio.gather(*(child.stop() for child in group))
         (self._directory / CLUSTER_FILE).unlink(missing_ok=True)

@@ -11,7 +11,14 @@ from samepage import rpc
 from samepage.cli.places import Host
 from samepage.errors import SamepageError
 from samepage.reports import NodeStats, ShareReport
-from samepage.v1 import index_pb2, index_pb2_grpc, scanner_pb2, scanner_pb2_grpc
+from samepage.v1 import (
+    arenas_pb2,
+    arenas_pb2_grpc,
+    index_pb2,
+    index_pb2_grpc,
+    scanner_pb2,
+    scanner_pb2_grpc,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -30,6 +37,20 @@ class ScannerStats:
     index_connected: bool
     merger_connected: bool
     published: int
+    cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class ArenasServiceStats:
+    """What the helper holds for gRPC clients; see proto/samepage/v1/arenas.proto."""
+
+    node: str
+    arenas: int
+    arenas_max: int
+    held_bytes: int
+    hold_limit_bytes: int
+    streams: int
+    streams_max: int
     cpu_seconds: float
 
 
@@ -54,19 +75,24 @@ class Overlap:
 
 @dataclass(frozen=True)
 class HostStatus:
-    """What the daemons of a host say; None and an error for one that does not answer."""
+    """What the daemons of a host say; None and an error for one that does not answer.
+
+    A host need not have a helper that holds arenas: None without an error then.
+    """
 
     host: Host
     merger: NodeStats | None
     scanner: ScannerStats | None
+    arenas: ArenasServiceStats | None
     errors: tuple[str, ...]
 
 
 def host_status(host: Host) -> HostStatus:
-    """Ask both daemons of a host; never raises for one that is away."""
+    """Ask the daemons of a host; never raises for one that is away."""
     found: list[str] = []
     merger_stats: NodeStats | None = None
     scanner: ScannerStats | None = None
+    arenas: ArenasServiceStats | None = None
     try:
         merger_stats = merger.node_stats(str(host.directory))
     except SamepageError as error:
@@ -75,7 +101,32 @@ def host_status(host: Host) -> HostStatus:
         scanner = scanner_stats(host)
     except SamepageError as error:
         found.append(str(error))
-    return HostStatus(host, merger_stats, scanner, tuple(found))
+    if has_arenas_service(host):
+        try:
+            arenas = arenas_service_stats(host)
+        except SamepageError as error:
+            found.append(str(error))
+    return HostStatus(host, merger_stats, scanner, arenas, tuple(found))
+
+
+def has_arenas_service(host: Host) -> bool:
+    """Whether a helper that holds arenas belongs to the host."""
+    return bool(host.arenas) or (host.directory / rpc.ARENAS_SOCKET).exists()
+
+
+def arenas_service_stats(host: Host) -> ArenasServiceStats:
+    """Ask the helper that holds arenas.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: it does not answer.
+    """
+    with rpc.channel(rpc.socket_address(host.directory, rpc.ARENAS_SOCKET)) as channel:
+        answer = arenas_pb2_grpc.ArenasStub(channel).GetArenasStatus(
+            arenas_pb2.GetArenasStatusRequest(), timeout=rpc.TIMEOUT_SECONDS
+        )
+    return ArenasServiceStats(
+        **{name: getattr(answer, name) for name in _fields(ArenasServiceStats)}
+    )
 
 
 def scanner_stats(host: Host) -> ScannerStats:

@@ -22,6 +22,7 @@ class Host:
     directory: Path
     merger: str = ""
     scanner: str = ""
+    arenas: str = ""
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Cluster:
                 "dir": str(host.directory),
                 "merger": host.merger,
                 "scanner": host.scanner,
+                "arenas": host.arenas,
             }
             for host in self.hosts
         ]
@@ -73,7 +75,13 @@ def read(file: Path) -> Cluster:
     try:
         content = json.loads(file.read_text())
         hosts = tuple(
-            Host(host["name"], Path(host["dir"]), host["merger"], host["scanner"])
+            Host(
+                host["name"],
+                Path(host["dir"]),
+                host["merger"],
+                host["scanner"],
+                host.get("arenas", ""),
+            )
             for host in content["hosts"]
         )
         return Cluster(hosts, content["index"])

@@ -55,6 +55,7 @@ def _to_json(
                 "dir": str(host.host.directory),
                 "merger": dataclasses.asdict(host.merger) if host.merger else None,
                 "scanner": dataclasses.asdict(host.scanner) if host.scanner else None,
+                "arenas": dataclasses.asdict(host.arenas) if host.arenas else None,
             }
             for host in hosts
         ],
@@ -95,6 +96,8 @@ def _show(
 def _row(host: daemons.HostStatus) -> list[object]:
     merger, scanner = host.merger, host.scanner
     missing = [name for name, stats in (("merger", merger), ("scanner", scanner)) if stats is None]
+    if host.arenas is None and daemons.has_arenas_service(host.host):
+        missing.append("arenas")
     row: list[object] = [_name(host), f"{', '.join(missing)} {AWAY}" if missing else "serving"]
     row.append("-" if scanner is None else "connected" if scanner.index_connected else "not used")
     if merger is None:

@@ -1,0 +1,79 @@
+"""The settings of `samepage-arenas`."""
+
+from __future__ import annotations
+
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from samepage.daemon.config import require, setting
+from samepage.daemon.logs import check_level
+from samepage.daemon.server import check_listen
+from samepage.rpc import ARENAS_SOCKET
+from samepage.sizes import memory_bytes
+
+SECTION = "arenas"
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of one host's helper. Raises ConfigError when one makes no sense."""
+
+    node: str = setting(
+        "", "This host's name, as logs and status say it. Empty: the machine's host name."
+    )
+    dir: Path = setting(Path("/run/samepage"), "Directory of the host's sockets.")
+    listen: str = setting(
+        "127.0.0.1:0",
+        "Address of the gRPC API, host:port. Port 0 takes any free one. Whoever reaches it can "
+        "read and write every arena that this process holds.",
+    )
+    api_socket: Path | None = setting(
+        None,
+        "Unix socket that the API is on too, for this process's own user alone. "
+        f"Empty: <dir>/{ARENAS_SOCKET}.",
+    )
+    hold_limit_bytes: int = setting(
+        0,
+        "How many bytes the arenas held may have together, touched or not. "
+        "0: half of the machine's memory.",
+    )
+    arenas_max: int = setting(1000, "How many arenas are held at most.")
+    streams_max: int = setting(
+        64,
+        "How many streams may write and read at the same time. Each takes up to 4 MiB of memory "
+        "on top of the arenas.",
+    )
+    idle_seconds: float = setting(
+        60.0, "How long a stream may stand still for its client before it is ended, in seconds."
+    )
+    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
+    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
+    ready_file: Path | None = setting(
+        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
+    )
+    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
+
+    def __post_init__(self) -> None:
+        check_listen(self.listen)
+        require(self.hold_limit_bytes >= 0, "hold_limit_bytes must be 0 or more")
+        require(self.arenas_max >= 1, "arenas_max must be 1 or more")
+        require(self.streams_max >= 1, "streams_max must be 1 or more")
+        require(self.idle_seconds > 0, "idle_seconds must be more than 0")
+        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
+        check_level(self.log_level)
+
+    @property
+    def node_name(self) -> str:
+        """The host's name."""
+        return self.node or socket.gethostname()
+
+    @property
+    def socket_path(self) -> Path:
+        """The unix socket of the API."""
+        return self.api_socket or self.dir / ARENAS_SOCKET
+
+    @property
+    def limit_bytes(self) -> int:
+        """How many bytes may be held."""
+        return self.hold_limit_bytes or memory_bytes() // 2
