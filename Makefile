@@ -19,6 +19,12 @@ PROTOS = $(sort $(wildcard proto/samepage/v1/*.proto))
 # What protoc writes, in a form that `make proto-check` can send elsewhere.
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto
 
+# Where there is no Go, the tests of the Go client are skipped.
+GO ?= $(firstword $(shell command -v go) $(wildcard /usr/local/go/bin/go))
+GO_BIN := $(abspath $(VENV))/go/bin
+GO_CLIENT := tests/clients/go
+GO_PACKAGE := samepage.example/client
+
 .PHONY: help
 help: ## Show this help
 	@echo "samepage: identical memory, stored once. Targets:"
@@ -30,7 +36,7 @@ demo: $(STAMPS)/services native ## Two hosts on this machine share the memory of
 	@$(BIN)/samepage demo $(DEMO_ARGS)
 
 .PHONY: test
-test: $(STAMPS)/dev $(STAMPS)/system-test native native-test ## Run every test (PYTEST_ARGS="-k share" for some)
+test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(if $(GO),go-client) ## Run every test (PYTEST_ARGS="-k share" for some)
 	@echo "==> running the Python tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -62,6 +68,9 @@ proto-check: $(STAMPS)/dev ## Check that the generated code is what proto/ gives
 	    --mypy_grpc_out="$$out" $(PROTOS:proto/%=%); \
 	diff -r -x __pycache__ -x __init__.py "$$out/samepage/v1" $(GENERATED) \
 	    || { echo "$(GENERATED) differs from proto/: run 'make proto'" >&2; exit 1; }
+
+.PHONY: go-client
+go-client: $(STAMPS)/go-client ## Build the Go client of the tests, generated from proto/, and grpcurl
 
 .PHONY: configs
 configs: $(STAMPS)/dev ## Write deploy/config/*.toml from the services' settings
@@ -102,12 +111,30 @@ setup: $(STAMPS)/dev $(STAMPS)/system-test native ## Set up everything for devel
 .PHONY: clean
 clean: ## Remove all that was built or installed here
 	@if [ -f native/Makefile ]; then $(MAKE) -C native clean; fi
-	@rm -rf "$(VENV)" dist native/build .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@rm -rf "$(VENV)" dist native/build $(GO_CLIENT)/pb .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find src services tests bench -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
 
 $(STAMPS)/system-%: tools/system-packages
 	@tools/system-packages $*
 	@mkdir -p $(@D) && touch $@
+
+$(STAMPS)/go-tools: tests/clients/tools/go.mod tests/clients/tools/go.sum
+	@echo "==> building grpcurl and protoc's plugins for Go"
+	@mkdir -p $(GO_BIN) $(@D)
+	@GOBIN=$(GO_BIN) CGO_ENABLED=0 $(GO) -C tests/clients/tools install -ldflags='-s -w' tool
+	@touch $@
+
+# Go's package of a file is said here, so that proto/ needs to know nothing of Go.
+GO_PROTOS := samepage/v1/arenas.proto samepage/v1/scanner.proto
+GO_OPTIONS := module=$(GO_PACKAGE) $(GO_PROTOS:%=M%=$(GO_PACKAGE)/pb)
+$(STAMPS)/go-client: $(STAMPS)/dev $(STAMPS)/go-tools $(GO_PROTOS:%=proto/%) \
+    $(GO_CLIENT)/go.mod $(GO_CLIENT)/go.sum $(GO_CLIENT)/main.go
+	@echo "==> building the Go client"
+	@PATH="$(GO_BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto \
+	    --go_out=$(GO_CLIENT) $(GO_OPTIONS:%=--go_opt=%) \
+	    --go-grpc_out=$(GO_CLIENT) $(GO_OPTIONS:%=--go-grpc_opt=%) $(GO_PROTOS)
+	@CGO_ENABLED=0 $(GO) -C $(GO_CLIENT) build -buildvcs=false -ldflags='-s -w' -o $(GO_BIN)/client .
+	@touch $@
 
 $(STAMPS)/venv: | $(STAMPS)/system-build
 	@echo "==> making a virtual environment in $(VENV)"

@@ -69,6 +69,11 @@ def _io_uring() -> bool:
     return True
 
 
+def go() -> str | None:
+    """Return where Go's command is, where its makers put it at the latest."""
+    return shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
+
+
 def _root() -> bool:
     return os.geteuid() == 0
 
@@ -86,6 +91,7 @@ NEEDS = {
     "ksm": Need(Path("/sys/kernel/mm/ksm/run").exists, True, "no kernel samepage merging"),
     "root": Need(_root, False, "not run as root"),
     "redis": Need(lambda: shutil.which("redis-server") is not None, False, "no redis-server"),
+    "go": Need(lambda: go() is not None, False, "no Go"),
     "gcc": Need(lambda: shutil.which("gcc") is not None, False, "no gcc"),
 }
 
