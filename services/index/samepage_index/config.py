@@ -26,12 +26,22 @@ class IndexConfig:
     redis_url: str = setting(
         "",
         "Where Redis 7 or newer, or Valkey, is: redis://[user:password@]host:port[/database], "
-        "rediss://... for TLS, or unix:///path. Empty: a server of the index's own, in memory, "
-        "that ends with it.",
+        "rediss://... for TLS, or unix:///path; any node of a Redis Cluster. Empty: a server of "
+        "the index's own, in memory, that ends with it.",
         secret=True,
     )
     redis_password_file: Path | None = setting(
         None, "File with the password for redis_url, when the URL does not hold one."
+    )
+    redis_ca_file: Path | None = setting(
+        None,
+        "File with the certificates of those who sign Redis's, for rediss://. Empty: the system's.",
+    )
+    redis_cert_file: Path | None = setting(
+        None, "File with the index's own certificate, when Redis wants one. Empty: none."
+    )
+    redis_key_file: Path | None = setting(
+        None, "File with the key of redis_cert_file. Empty: it is in redis_cert_file."
     )
     redis_timeout_seconds: float = setting(
         10.0, "How long Redis may take to connect or to answer. Seconds."
@@ -82,6 +92,17 @@ class IndexConfig:
         require(
             self.redis_password_file is None or bool(self.redis_url),
             "redis_password_file is set but redis_url is not: say which Redis it is for",
+        )
+        for name in ("redis_ca_file", "redis_cert_file", "redis_key_file"):
+            file = getattr(self, name)
+            require(
+                file is None or self.redis_url.startswith("rediss://"),
+                f"{name} is set but redis_url does not begin with rediss://",
+            )
+            require(file is None or file.is_file(), f"{name} {file} is no file")
+        require(
+            self.redis_key_file is None or self.redis_cert_file is not None,
+            "redis_key_file is set but redis_cert_file is not: say which certificate it is of",
         )
         require(
             self.data_dir is None or not self.redis_url,

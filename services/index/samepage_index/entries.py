@@ -77,7 +77,7 @@ class Entries:
         # Before, so that no entry is ever in a domain that is not listed; after, because a janitor
         # may have taken the domain off the list while it was still empty.
         enlist: Command = ("SADD", self._domains_key, domain_id)
-        answers = await self._store.run([enlist, *commands, enlist])
+        answers = await self._store.run([enlist], commands, [enlist])
         return sum(answers[1:-1])
 
     async def lookup(
@@ -149,11 +149,11 @@ class Entries:
 
     async def forget_if_empty(self, domain_id: bytes) -> None:
         """Take a domain without entries off the list of domains."""
-        exists: Command = ("EXISTS", *self._shard_keys(domain_id))
+        exist: list[Command] = [("EXISTS", key) for key in self._shard_keys(domain_id)]
         unlist: Command = ("SREM", self._domains_key, domain_id)
-        if (await self._store.run([exists]))[0] == 0:
-            _, entries = await self._store.run([unlist, exists])
-            if entries:
+        if not any(await self._store.run(exist)):
+            _, *shards = await self._store.run([unlist], exist)
+            if any(shards):
                 await self._store.run([("SADD", self._domains_key, domain_id)])
 
     def _shard_key(self, domain_id: bytes, shard: int) -> bytes:

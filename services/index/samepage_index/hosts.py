@@ -96,7 +96,8 @@ class Hosts:
         return bool((await self._store.run([command]))[0])
 
     async def _run(self, script: Script, *arguments: Any) -> Any:
-        return (await self._store.run([script.call(self._keys, *arguments)]))[0]
+        command = script.call(self._keys, *arguments, self._store.generation)
+        return (await self._store.run([command]))[0]
 
 
 def _parse_hosts(answer: Iterator[bytes]) -> Iterator[Host]:

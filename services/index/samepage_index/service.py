@@ -19,7 +19,7 @@ from samepage_index.hosts import Hosts
 from samepage_index.index import Index
 from samepage_index.janitor import Janitor
 from samepage_index.servicer import IndexServicer
-from samepage_index.store import ServerInfo, Store, read_password
+from samepage_index.store import ServerInfo, Store, Tls, read_password
 
 _CHECK_SECONDS = 0.5
 _FULL_NAME = index_pb2.DESCRIPTOR.services_by_name["Index"].full_name
@@ -102,13 +102,18 @@ class IndexService:
     def _make_store(self) -> Store:
         config = self._config
         if self._embedded is not None:
-            return Store(self._embedded.url, None, config.redis_timeout_seconds)
+            return Store(self._embedded.url, timeout=config.redis_timeout_seconds)
         file = config.redis_password_file
         password = read_password(file) if file is not None else None
-        return Store(config.redis_url, password, config.redis_timeout_seconds)
+        tls = Tls(config.redis_ca_file, config.redis_cert_file, config.redis_key_file)
+        return Store(
+            config.redis_url, password, config.redis_timeout_seconds, tls, config.key_prefix
+        )
 
     def _describe_store(self) -> str:
         place = "(embedded)" if self._embedded is not None else f"at {self._store.place}"
+        if self._server.primaries:
+            place += f", a cluster of {self._server.primaries} primaries"
         return f"{self._server.kind} {self._server.version} {place}"
 
     def _loop(self, body: Coroutine[None, None, None]) -> None:

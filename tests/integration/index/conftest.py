@@ -9,26 +9,34 @@ from pathlib import Path
 import needs
 import pytest
 from helpers.index_harness import Books, IndexProcess, RedisServer
+from helpers.redis_cluster import RedisCluster
+
+Server = RedisServer | RedisCluster
 
 
-@pytest.fixture(scope="module", params=["valkey", "redis"])
+@pytest.fixture(scope="module", params=["valkey", "redis", "cluster"])
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[RedisServer]:
-    """A Valkey, then a Redis: every test that uses it runs on both."""
-    lacking = needs.missing("redis") if request.param == "redis" else None
+) -> Iterator[Server]:
+    """A Valkey, a Redis, a Redis Cluster: every test that uses it runs on each."""
+    lacking = None if request.param == "valkey" else needs.missing("redis")
     if lacking is not None:
         pytest.skip(lacking)
-    started = RedisServer(request.param, tmp_path_factory.mktemp("redis"))
+    folder = tmp_path_factory.mktemp("redis")
+    started: Server
+    if request.param == "cluster":
+        started = RedisCluster(folder)
+    else:
+        started = RedisServer(request.param, folder)
     yield started
     started.kill()
 
 
 @pytest.fixture
-async def books(server: RedisServer) -> AsyncIterator[Books]:
+async def books(server: Server) -> AsyncIterator[Books]:
     """An empty index on `server`, with long leases."""
+    server.flush()
     async with Books(server.url) as made:
-        await made.flush()
         yield made
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-from helpers.index_harness import Books, RedisServer
+from helpers.index_harness import Books
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from redis.crc import key_slot
@@ -16,6 +16,8 @@ from redis.crc import key_slot
 from samepage_index.entries import Size
 from samepage_index.fingerprints import place
 from samepage_index.hosts import NUMBERS, pack_number
+
+from .conftest import Server
 
 DOMAINS = (b"d" * 16, bytes(16))
 HOSTS = ("alpha", "beta", "gamma")
@@ -84,12 +86,12 @@ BATCHES = st.lists(
 )
 @given(batches=BATCHES)
 def test_agrees_with_a_dict(
-    server: RedisServer, batches: list[tuple[bytes, str, list[bytes], list[bytes]]]
+    server: Server, batches: list[tuple[bytes, str, list[bytes], list[bytes]]]
 ) -> None:
     async def run() -> None:
         model = Model()
         async with Books(server.url) as books:
-            await books.flush()
+            server.flush()
             publishers = {host: books.index.publisher() for host in HOSTS}
             for host, publisher in publishers.items():
                 await publisher.announce(host, 1, "")
@@ -220,13 +222,12 @@ async def test_any_holder_number(books: Books, number: int) -> None:
     assert await sizes(books) == (300, 300)
 
 
-async def test_hash_tags_spread_a_domain_over_a_cluster(books: Books) -> None:
+async def test_hash_tags_spread_a_domain_over_a_cluster(server: Server, books: Books) -> None:
     publisher = books.index.publisher()
     await publisher.announce("alpha", 1, "")
     await publisher.publish(DOMAINS[0], b"".join(fingerprints(2_000, seed=5)), b"")
-    keys = (await books.store.run([("KEYS", "*")]))[0]
-    shards = [key for key in keys if DOMAINS[0].hex().encode() in key]
+    shards = [key for key in server.all_keys() if DOMAINS[0].hex().encode() in key]
     assert len(shards) == 64
     assert len({key_slot(key) for key in shards}) > 60
     # These are changed together, so they must be on one node.
-    assert len({key_slot(key) for key in keys if b"{hosts}" in key}) == 1
+    assert len({key_slot(key) for key in server.all_keys() if b"{hosts}" in key}) == 1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import grpc
 import pytest
+import trustme
 from helpers.index_harness import (
     DEADLINE,
     Books,
@@ -21,6 +22,7 @@ from helpers.index_harness import (
     connected,
     eventually,
 )
+from helpers.redis_cluster import free_ports
 
 from samepage.v1 import index_pb2 as pb
 
@@ -200,18 +202,15 @@ async def test_redis_back_with_old_data(start_index: StartIndex, tmp_path: Path)
 async def test_flushed_in_mid_stream(start_index: StartIndex, tmp_path: Path) -> None:
     server = RedisServer("redis", tmp_path)
     try:
-        async with (
-            connected(await start_index(redis_url=server.url).ready()) as client,
-            Books(server.url) as books,
-        ):
+        async with connected(await start_index(redis_url=server.url).ready()) as client:
             stream = client.stream()
             await stream.announce("alpha")
             await stream.publish(DOMAIN, PAGES)
-            await books.flush()
+            server.flush()
             assert not await stream.renew()
             assert not await stream.announce("alpha")
             assert await stream.publish(DOMAIN, PAGES) == 0
-            await books.flush()
+            server.flush()
             code, text = await refused(stream, {"batch": pb.Batch(domain_id=DOMAIN)})
             assert code is grpc.StatusCode.UNAVAILABLE
             assert "announce again" in text
@@ -409,12 +408,12 @@ async def test_start_with_an_old_redis(start_index: StartIndex) -> None:
 
 
 @needs_redis
-async def test_start_with_a_cluster(start_index: StartIndex, tmp_path: Path) -> None:
+async def test_start_with_a_cluster_by_a_socket(start_index: StartIndex, tmp_path: Path) -> None:
     server = RedisServer("redis", tmp_path, "--cluster-enabled", "yes")
     try:
         process = start_index(redis_url=server.url)
         assert await process.wait() == 1
-        assert "part of a Redis Cluster" in process.log
+        assert "part of a Redis Cluster, for which redis_url will not do" in process.log
     finally:
         server.kill()
 
@@ -460,6 +459,44 @@ async def test_start_with_a_wrong_setting(
     assert process.log.startswith("samepage-index: ")
     assert told in process.log
     assert len(process.log.splitlines()) == 1
+
+
+@needs_redis
+async def test_tls_both_ways(start_index: StartIndex, tmp_path: Path) -> None:
+    """Redis shows a certificate and wants one; without the right files the index says why not."""
+    authority, other = trustme.CA(), trustme.CA()
+    files = {"ca": authority.cert_pem, "other": other.cert_pem}
+    for name in ("server", "client"):
+        pair = authority.issue_cert("localhost", "127.0.0.1")
+        files[name] = pair.private_key_and_cert_chain_pem
+    for name, pem in files.items():
+        pem.write_to_path(str(tmp_path / f"{name}.pem"))
+    paths = {name: tmp_path / f"{name}.pem" for name in files}
+    (port,) = free_ports(1)
+    options = ["--tls-port", str(port), "--tls-auth-clients", "yes"]
+    options += ["--tls-cert-file", str(paths["server"]), "--tls-key-file", str(paths["server"])]
+    options += ["--tls-ca-cert-file", str(paths["ca"])]
+    server = RedisServer("redis", tmp_path, *options)
+    url = f"rediss://localhost:{port}"
+    try:
+        process = start_index(
+            redis_url=url, redis_ca_file=paths["ca"], redis_cert_file=paths["client"]
+        )
+        async with connected(await process.ready()) as client:
+            stream = client.stream()
+            await stream.announce("alpha")
+            await stream.publish(DOMAIN, PAGES)
+            assert set(await client.holders(DOMAIN, PAGES)) == set(PAGES)
+        stranger = start_index(
+            redis_url=url, redis_ca_file=paths["other"], redis_cert_file=paths["client"]
+        )
+        assert await stranger.wait() == 1
+        assert "certificate verify failed" in stranger.log
+        nobody = start_index(redis_url=url, redis_ca_file=paths["ca"])
+        assert await nobody.wait() == 1
+        assert f"Redis at localhost:{port}" in nobody.log
+    finally:
+        server.kill()
 
 
 @needs_redis

@@ -4,8 +4,9 @@
 -- KEYS[2], leases: sorted set, number -> when the lease ends (ms since 1970, this server's clock).
 -- KEYS[3], numbers: hash, number -> '0', or since when no host has it any more (ms). A number is
 -- used again only after the entries that carry it were swept.
--- The run id is of the server process that took the host's entries: one that starts again may have
--- old data, or none.
+-- The run id is of the server processes that took the host's entries: one that starts again may have
+-- old data, or none. It is made of this server's and of the last argument, which is the generation
+-- of a cluster's other servers.
 
 local sub = string.sub
 local call = redis.call
@@ -17,7 +18,8 @@ local function now_ms()
 end
 
 local function run_id()
-  return string.match(call('INFO', 'server'), 'run_id:(%x+)')
+  local own = string.match(call('INFO', 'server'), 'run_id:(%x+)')
+  return redis.sha1hex(own .. ARGV[#ARGV])
 end
 
 local function text(number)
