@@ -69,8 +69,8 @@ class Up:
             arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
             environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
             settings = dict(line.split("=", 1) for line in environment if "=" in line)
-            if arguments[1:2] == ["-m"]:
-                service = _SERVICES[arguments[2]]
+            service = _SERVICES.get(arguments[2]) if arguments[1:2] == ["-m"] else None
+            if service is not None:
                 node = settings.get(f"SAMEPAGE_{service.upper()}_NODE")
                 found[f"{node}/{service}" if node else service] = pid
         return found

@@ -40,8 +40,8 @@ class Config:
     )
     arenas_max: int = setting(1000, "How many arenas are held at most.")
     streams_max: int = setting(
-        64,
-        "How many streams may write and read at the same time. Each takes up to 4 MiB of memory "
+        32,
+        "How many streams may write and read at the same time. Each takes about 5 MiB of memory "
         "on top of the arenas.",
     )
     idle_seconds: float = setting(
