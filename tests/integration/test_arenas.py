@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import json
 import os
+import random
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
@@ -373,6 +374,37 @@ async def test_writers_and_readers_at_the_same_time(client: Client) -> None:
     assert {found[at] for at in range(0, size, CHUNK)} <= {1, 2, 3}
     for at in range(0, size, CHUNK):
         assert found[at : at + CHUNK] == found[at : at + 1] * CHUNK
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_any_order_of_calls(client: Client, seed: int) -> None:
+    """Arenas hold what a bytearray would, whatever is shared and unshared in between."""
+    rng = random.Random(seed)
+    pages = 64
+    common = content(6, pages)
+    models = {name: bytearray(len(common)) for name in ("a", "b", "c")}
+    for name in models:
+        await client.create(name, len(common))
+    shared = 0
+    for _ in range(60):
+        name = rng.choice("abc")
+        start, end = sorted(rng.choices(range(len(common) + 1), k=2))
+        match rng.choice(("write", "write", "change", "read", "share", "unshare")):
+            case "write":
+                models[name][start:end] = common[start:end]
+                assert await client.write(name, common[start:end], start) == end - start
+            case "change" if start < len(common):
+                models[name][start : start + 1] = b"!"
+                await client.write(name, b"!", start)
+            case "read" if start < end:
+                assert await client.read(name, start, end - start) == models[name][start:end]
+            case "share":
+                shared += (await client.share(name)).shared
+            case "unshare":
+                await client.stub.UnshareArena(pb.UnshareArenaRequest(arena=name))
+    for name, model in models.items():
+        assert await client.read(name) == model
+    assert shared > 0
 
 
 async def test_without_daemons(tmp_path: Path) -> None:
