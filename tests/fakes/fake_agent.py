@@ -8,7 +8,7 @@ import mmap
 import os
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ import xxhash
 
 from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE, PageState, Type
+from samepage_scanner.books import TRACKS_WRITES
 
+Range = tuple[int, int]
 Memory = npt.NDArray[np.uint8]
 
 
@@ -42,7 +44,12 @@ def random_pages(count: int, seed: int) -> Memory:
 
 @dataclass(eq=False)
 class FakeArena:
-    """Pages in an array; `absent` and `shared` stand for what the mappings would say."""
+    """Pages in an array; `absent` and `shared` stand for what the mappings would say.
+
+    Attributes:
+        touched: pages that were written with what they held already.
+        told: by page, what it held when CHANGED told of it last.
+    """
 
     number: int
     name: str
@@ -52,6 +59,8 @@ class FakeArena:
     shared: npt.NDArray[np.bool_]
     pinned: npt.NDArray[np.bool_]
     seed: int = 0
+    touched: set[int] = field(default_factory=set)
+    told: dict[int, bytes] = field(default_factory=dict)
 
     def states(self) -> npt.NDArray[np.uint8]:
         """wire.PageState by page."""
@@ -67,12 +76,30 @@ class FakeArena:
             return bytes(16)
         return xxhash.xxh3_128_digest(self.memory[page].tobytes(), self.seed)
 
+    def take_written(self, first: int, count: int, ranges_max: int) -> tuple[int, list[Range]]:
+        """What CHANGED answers: pages told of, and ranges. Discarded and merged pages are none."""
+        ranges: list[Range] = []
+        for page in range(first, first + count):
+            held = b"" if self.absent[page] else self.memory[page].tobytes()
+            if not held or (self.told.get(page) == held and page not in self.touched):
+                continue
+            if ranges and sum(ranges[-1]) == page:
+                ranges[-1] = (ranges[-1][0], ranges[-1][1] + 1)
+            elif len(ranges) < ranges_max:
+                ranges.append((page, 1))
+            else:
+                return page - first, ranges
+            self.told[page] = held
+            self.touched.discard(page)
+        return count, ranges
+
 
 class FakeAgent:
     """One connection to a scanner.
 
     Attributes:
-        on_order: called with every FINGERPRINT instead of answering it, if set.
+        on_order: called with every order instead of answering it, if set.
+        ranges_max: ranges of written pages that it tells of in one answer.
         orders: every order that came.
     """
 
@@ -84,6 +111,7 @@ class FakeAgent:
         self._window: mmap.mmap | None = None
         self.agent = os.urandom(16)
         self.arenas: dict[int, FakeArena] = {}
+        self.ranges_max = 100
         self.on_order: Callable[[wire.Message], object] | None = None
         self.orders: list[wire.Message] = []
         self.ordered = asyncio.Event()
@@ -92,14 +120,14 @@ class FakeAgent:
         self._loop.add_reader(sock, self._readable)
 
     @classmethod
-    async def connect(cls, directory: Path, hello: bool = True) -> FakeAgent:
-        """Connect to the scanner in a directory and say HELLO."""
+    async def connect(cls, directory: Path, hello: bool = True, tracks: bool = False) -> FakeAgent:
+        """Connect to the scanner in a directory and say HELLO; `tracks`: that it tracks writes."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.connect(str(directory / "scanner.sock"))
         sock.setblocking(False)
         agent = cls(sock)
         if hello:
-            payload = wire.HELLO.pack(agent.agent, os.getpid(), 0)
+            payload = wire.HELLO.pack(agent.agent, os.getpid(), TRACKS_WRITES * tracks)
             await agent.request(Type.HELLO, 0, payload)
         return agent
 
@@ -143,12 +171,18 @@ class FakeAgent:
         self._sock.send(packet)
 
     def answer(self, order: wire.Message) -> None:
-        """Do a FINGERPRINT order as it should be done."""
+        """Do an order as it should be done."""
         arena = self.arenas[order.arena]
-        first, count = wire.unpack(wire.PAGE_RANGE, order)
-        pages = range(first, first + count)
-        packed = b"".join(arena.fingerprint(page) for page in pages)
-        self.write_window(packed + arena.states()[first : first + count].tobytes())
+        ranges: list[Range] = wire.unpack_records(wire.RANGE, order).tolist()
+        if order.type is Type.CHANGED:
+            [(first, count)] = ranges
+            told, written = arena.take_written(first, count, self.ranges_max)
+            packed = wire.CHANGED.pack(told, len(written))
+            self.write_window(packed + np.array(written, "<u8").tobytes())
+        else:
+            pages = [page for first, count in ranges for page in range(first, first + count)]
+            packed = b"".join(arena.fingerprint(page) for page in pages)
+            self.write_window(packed + arena.states()[pages].tobytes())
         self.done(order)
 
     def write_window(self, data: bytes) -> None:
@@ -189,7 +223,7 @@ class FakeAgent:
         self._received(message)
 
     def _received(self, message: wire.Message) -> None:
-        if message.type is Type.FINGERPRINT:
+        if message.type in (Type.FINGERPRINT, Type.CHANGED):
             self.orders.append(message)
             self.ordered.set()
             with contextlib.suppress(BrokenPipeError):

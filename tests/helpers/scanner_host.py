@@ -31,6 +31,7 @@ class ScannerHost:
             "secret_file": self.directory / "secret",
             "interval_seconds": _NEVER,
             "interval_max_seconds": _NEVER,
+            "cpu_percent": 100.0,
         }
         self.config = Config(**(defaults | settings))
 

@@ -116,15 +116,6 @@ async def test_passes_run_by_themselves() -> None:
         await merger.stop()
 
 
-async def test_busy_pass_asks_for_a_long_pause(host: ScannerHost, agent: FakeAgent) -> None:
-    """Ten percent of a core: a pass of t seconds is followed by a pause of 9 t."""
-    loop = asyncio.get_running_loop()
-    await agent.open("a", random_pages(1, 1))
-    agent.on_order = lambda order: loop.call_later(0.1, agent.answer, order)
-    pause = await host.service.passes.run_once()
-    assert 0.9 <= pause <= 5
-
-
 async def test_background_pass_gives_way_to_shares(
     host: ScannerHost, agent: FakeAgent, merger: FakeMerger
 ) -> None:

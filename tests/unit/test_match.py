@@ -204,3 +204,32 @@ def test_zero_pages_have_no_leader(size: str) -> None:
 def test_nothing_at_all() -> None:
     found = match.match([])
     assert (len(found.equal), len(found.zero), len(found.unique)) == (0, 0, 0)
+
+
+def test_short_runs_are_left_alone_and_unique(size: str) -> None:
+    contents = [*range(10), 100, 20, 21, 101, 30]
+    other = [*range(10), 200, 20, 21, 201, 30]
+    arenas = [make(private(pages)) for pages in (contents, other)]
+    assert match.match(arenas).unique.tolist() == [2, 2]
+    found = match.match(arenas, min_run=3)
+    assert spans(found.equal) == {((1, 0), (0, 0), 10)}
+    assert found.unique.tolist() == [5, 5]
+
+
+def test_leader_of_a_short_and_of_a_long_run_is_not_unique(size: str) -> None:
+    arenas = [make(private(pages)) for pages in (range(10), range(10), [50, 4, 51])]
+    found = match.match(arenas, min_run=2)
+    assert spans(found.equal) == {((1, 0), (0, 0), 10)}
+    assert found.unique.tolist() == [0, 0, 3]
+
+
+def test_shared_leader_of_short_runs_is_not_unique(size: str) -> None:
+    shared: list[Page] = [(5, PageState.SHARED, True)]
+    found = match.match([make(shared), make(private([5, 6]))], min_run=2)
+    assert not len(found.equal)
+    assert found.unique.tolist() == [0, 2]
+
+
+def test_short_runs_of_zeros_are_given_back(size: str) -> None:
+    arena = make([*private([1]), (0, ZERO, True), *private([2])])
+    assert spans(match.match([arena], min_run=9).zero) == {((0, 1), (match.NO_LEADER, 0), 1)}

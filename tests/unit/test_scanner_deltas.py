@@ -44,10 +44,17 @@ def stable(books: Books) -> set[tuple[int, ...]]:
 
 def open_arena(books: Books, count: int = PAGES) -> Arena:
     peer = Peer.__new__(Peer)
+    peer.pid = 0
     books.connect(peer)
     arena = books.open(peer, 1, "a", DOMAIN, count)
     arena.known_to_index = True
     return arena
+
+
+def sampled(content: tuple[int, ...], bits: int) -> bool:
+    """Whether a fingerprint, read as its bytes are sent, ends with so many zeros."""
+    packed = np.array([content], "<u8").tobytes()
+    return int.from_bytes(packed, "big") % (1 << bits) == 0
 
 
 class Index(RuleBasedStateMachine):
@@ -58,6 +65,7 @@ class Index(RuleBasedStateMachine):
         self.books = Books(SECRET, 1 << 20)
         self.open: list[Arena] = []
         self.known: set[tuple[int, ...]] = set()
+        self.bits = 0
 
     @initialize()
     def begin(self) -> None:
@@ -74,8 +82,9 @@ class Index(RuleBasedStateMachine):
         arena = data.draw(st.sampled_from(self.open))
         states = np.array([state for _, state in look], np.uint8)
         for _ in range(times):
-            fresh = np.array([(content, 1) for content, _ in look], "<u8")
-            self.books.update(arena, 0, fresh, states)
+            # Small numbers in the last byte, where the lowest bits are.
+            fresh = np.array([(1, content << 56) for content, _ in look], "<u8")
+            self.books.update(arena, np.arange(len(fresh)), fresh, states)
 
     @rule(data=st.data())
     def close_arena(self, data: st.DataObject) -> None:
@@ -90,15 +99,21 @@ class Index(RuleBasedStateMachine):
         self.books.bury()
         complete = False
         while not complete and (domain := self.books.domains.get(DOMAIN)) is not None:
-            delta = collect(domain, limit)
+            delta = collect(domain, limit, self.bits)
             added, removed = as_set(delta.added), as_set(delta.removed)
             assert not added & self.known
             assert removed <= self.known
             self.known = (self.known | added) - removed
             complete = delta.complete
-        assert self.known == stable(self.books)
+        assert self.known == {
+            content for content in stable(self.books) if sampled(content, self.bits)
+        }
         self.books.bury()
         assert (DOMAIN in self.books.domains) == bool(self.open)
+
+    @rule(bits=st.integers(0, 3))
+    def sample(self, bits: int) -> None:
+        self.bits = bits
 
     @rule()
     def lose(self) -> None:
@@ -124,7 +139,7 @@ def test_large_arenas_are_collected_in_steps(block: int) -> None:
     arena = open_arena(books, 40)
     for _ in range(2):
         fresh = np.array([(content, 1) for content in range(40)], "<u8")
-        books.update(arena, 0, fresh, np.full(40, PageState.PRIVATE, np.uint8))
+        books.update(arena, np.arange(40), fresh, np.full(40, PageState.PRIVATE, np.uint8))
     steps = [collect(arena.domain, 15) for _ in range(3)]
     assert [len(step.added) for step in steps] == [15, 15, 10]
     assert [step.complete for step in steps] == [False, False, True]
@@ -136,6 +151,8 @@ def test_distinct_parts_are_all_pages_once(block: int) -> None:
     contents = np.array([(number % 17, number % 17) for number in range(100)], "<u8")
     for _ in range(2):
         arena = open_arena(books, 100)
-        books.update(arena, 0, contents.copy(), np.full(100, PageState.PRIVATE, np.uint8))
+        books.update(
+            arena, np.arange(100), contents.copy(), np.full(100, PageState.PRIVATE, np.uint8)
+        )
     parts = [as_set(part) for part in distinct_parts(arena.domain)]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 17

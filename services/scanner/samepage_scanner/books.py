@@ -17,7 +17,12 @@ from samepage.daemon import secrets
 from samepage.daemon.peers import Outcomes, Peer
 from samepage.daemon.wire import PageState
 from samepage_scanner import fingerprints as fp
+from samepage_scanner.attention import BLOCK_PAGES, Attention
 from samepage_scanner.pages import PUBLISHED, Flags, Pages
+from samepage_scanner.threads import Threads
+
+# A feature bit of HELLO (docs/protocol.md).
+TRACKS_WRITES = 1 << 6
 
 
 class BooksFullError(Exception):
@@ -31,9 +36,11 @@ class Agent:
     Attributes:
         arenas: by their number within the agent.
         order: its last order, in flight or done.
+        threads: those that work for it in its process.
     """
 
     peer: Peer
+    threads: Threads
     arenas: dict[int, Arena] = field(default_factory=dict)
     order: asyncio.Task[Outcomes] | None = None
 
@@ -49,7 +56,9 @@ class Arena:
 
     Attributes:
         number: within its agent.
+        attention: where to look next.
         passes: how many times all of it was looked at.
+        names_writes: its agent has not said that it cannot.
         closed: it is no more.
         known_to_index: some of its pages may be published.
     """
@@ -59,9 +68,16 @@ class Arena:
     name: str
     domain: Domain
     pages: Pages
+    attention: Attention
     passes: int = 0
+    names_writes: bool = True
     closed: bool = False
     known_to_index: bool = False
+
+    @property
+    def tracked(self) -> bool:
+        """Whether its agent names the pages that were written."""
+        return self.names_writes and bool(self.agent.peer.features & TRACKS_WRITES)
 
 
 @dataclass(eq=False, slots=True)
@@ -73,6 +89,8 @@ class Domain:
         identity: the 16 bytes by which the index knows it.
         arenas: in the order in which they were opened.
         dirty: matching could find something that it did not find last time.
+        untold: there may be something that the index was not told of.
+        sampled: zero bits at the end of every fingerprint that was published, at the least.
         retired: fingerprints that the index knows and that a page of this host lost.
         buried: closed arenas whose pages the index may know.
     """
@@ -82,6 +100,8 @@ class Domain:
     identity: bytes
     arenas: list[Arena] = field(default_factory=list)
     dirty: bool = False
+    untold: bool = False
+    sampled: int = 0
     retired: list[fp.Fingerprints] = field(default_factory=list)
     buried: list[Arena] = field(default_factory=list)
 
@@ -120,7 +140,7 @@ class Books:
 
     def connect(self, peer: Peer) -> None:
         """An agent is there."""
-        self.agents[peer] = Agent(peer)
+        self.agents[peer] = Agent(peer, Threads(peer.pid))
 
     def disconnect(self, peer: Peer) -> None:
         """An agent has gone, and its arenas with it."""
@@ -137,7 +157,7 @@ class Books:
         if self.pages + pages > self._pages_max:
             raise BooksFullError
         try:
-            space = Pages(pages)
+            space, attention = Pages(pages), Attention(pages)
         except MemoryError as error:
             raise BooksFullError from error
         domain = self.domains.get(domain_name)
@@ -149,7 +169,7 @@ class Books:
             )
             self.domains[domain_name] = domain
         agent = self.agents[peer]
-        arena = Arena(agent, number, name, domain, space)
+        arena = Arena(agent, number, name, domain, space, attention)
         agent.arenas[number] = arena
         domain.arenas.append(arena)
         self.pages += pages
@@ -161,26 +181,35 @@ class Books:
         del arena.agent.arenas[arena.number]
         domain = arena.domain
         domain.arenas.remove(arena)
-        domain.dirty = True
+        domain.dirty = domain.untold = True
         self.pages -= len(arena.pages)
         if arena.known_to_index:
             domain.buried.append(arena)
         elif domain.idle:
             del self.domains[domain.name]
 
-    def update(self, arena: Arena, first: int, fresh: fp.Fingerprints, states: Flags) -> int:
+    def update(
+        self, arena: Arena, pages: fp.Indices, fresh: fp.Fingerprints, states: Flags
+    ) -> fp.Mask:
         """Note what pages of an arena look like now; call with the lock held.
 
         Returns:
-            How many were written since the last look.
+            Which of them look different than before.
         """
-        change = arena.pages.update(first, fresh, states)
+        change = arena.pages.update(pages, fresh, states)
+        arena.attention.unsettled[change.unsettled // BLOCK_PAGES] = True
         self.pages_scanned += int(np.count_nonzero(states != PageState.ABSENT))
         if change.matters:
-            arena.domain.dirty = True
+            arena.domain.dirty = arena.domain.untold = True
         if len(change.retired):
             arena.domain.retired.append(change.retired)
-        return change.written
+            arena.domain.untold = True
+        return change.differs
+
+    def settle(self, arena: Arena, pages: fp.Indices) -> None:
+        """Note that pages were not written since they were looked at; with the lock held."""
+        if arena.pages.settle(pages):
+            arena.domain.dirty = arena.domain.untold = True
 
     def bury(self) -> None:
         """Let go of closed arenas, but for what the index knows of them; with the lock held."""
@@ -191,6 +220,7 @@ class Books:
                     published = (pages.flags[block] & PUBLISHED) != 0
                     if published.any():
                         domain.retired.append(pages.fingerprints[block][published])
+                        domain.untold = True
             domain.buried.clear()
             if domain.idle:
                 del self.domains[domain.name]

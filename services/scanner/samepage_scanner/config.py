@@ -10,11 +10,15 @@ from pathlib import Path
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
 from samepage.daemon.server import check_listen
+from samepage_scanner.attention import REST_MAX
 
 SECTION = "scanner"
 
 _SECONDS_MIN = 0.001
 _SECONDS_MAX = 86400.0
+_RECHECK_SECONDS_MAX = 31_536_000.0
+_RUN_PAGES_MAX = 65536
+_SAMPLING_BITS_MAX = 16
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -56,10 +60,31 @@ class Config:
     interval_max_seconds: float = setting(
         120.0, "What the interval may grow to, in seconds, while passes find nothing to do."
     )
+    recheck_seconds: float = setting(
+        600.0,
+        "In how many seconds all pages are looked at anew, a few each pass, of agents that "
+        "track writes: for what they cannot tell.",
+    )
+    rest_passes_max: int = setting(
+        64,
+        "For how many passes pages that keep changing are left alone at most, 0 to 255. "
+        "They are from the second change on, for 2, 4, 8... passes.",
+    )
+    min_run_pages: int = setting(
+        1,
+        "Leave runs of equal pages alone that are shorter, 1 to 65536; reports count them as "
+        "unique. Each run takes a mapping of the few that a process may have. Zero pages take "
+        "none, and are given back always.",
+    )
+    sampling_bits: int = setting(
+        0,
+        "Tell the index only of fingerprints whose lowest bits are zero, so many, 0 to 16: of "
+        "one in 2, 4, 8...",
+    )
     cpu_percent: float = setting(
         10.0,
-        "Pause so long after a background pass that looking at pages takes no more than "
-        "this share of one core.",
+        "What background passes may spend, in percent of one core: scanner, agents and merger "
+        "together. Shares that an application asks for are not counted.",
     )
     answer_seconds: float = setting(
         5.0,
@@ -104,6 +129,22 @@ class Config:
             low <= high <= _SECONDS_MAX,
             f"interval_max_seconds must be interval_seconds ({low:g}) to {_SECONDS_MAX:g}, "
             f"not {high:g}",
+        )
+        require(
+            1 <= self.recheck_seconds <= _RECHECK_SECONDS_MAX,
+            f"recheck_seconds must be 1 to {_RECHECK_SECONDS_MAX:g}, not {self.recheck_seconds:g}",
+        )
+        require(
+            0 <= self.rest_passes_max <= REST_MAX,
+            f"rest_passes_max must be 0 to {REST_MAX}, not {self.rest_passes_max}",
+        )
+        require(
+            1 <= self.min_run_pages <= _RUN_PAGES_MAX,
+            f"min_run_pages must be 1 to {_RUN_PAGES_MAX}, not {self.min_run_pages}",
+        )
+        require(
+            0 <= self.sampling_bits <= _SAMPLING_BITS_MAX,
+            f"sampling_bits must be 0 to {_SAMPLING_BITS_MAX}, not {self.sampling_bits}",
         )
         require(
             0 < self.cpu_percent <= 100,

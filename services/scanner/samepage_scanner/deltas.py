@@ -5,6 +5,9 @@ bytes a page: a bit with every page says that its fingerprint was published, and
 page loses goes to `Domain.retired`. So of a fingerprint that the index knows, at all times, a
 page with the bit holds it or `retired` does; collecting settles the second case.
 
+With sampling, only fingerprints whose lowest `bits` bits are zero are published. When that number
+grows, pages with the bit that should not have it lose it, and their fingerprints go to `retired`.
+
 All functions here want `Books.lock` held, and may run in another thread.
 """
 
@@ -37,15 +40,18 @@ class Delta:
     complete: bool
 
 
-def collect(domain: Domain, limit: int = COLLECT_PAGES) -> Delta:
+def collect(domain: Domain, limit: int = COLLECT_PAGES, bits: int = 0) -> Delta:
     """Take what the index does not know yet, and regard it as known from now on.
 
     Args:
+        bits: publish only fingerprints whose lowest bits are zero, so many.
         limit: look at so many new pages at most, or an eighth of the domain if that is more.
     """
+    domain.untold = False
     arenas = [arena.pages for arena in domain.arenas]
     limit = max(limit, sum(map(len, arenas)) // _COLLECT_SHARE)
-    new = _new_pages(arenas, limit)
+    new = _new_pages(arenas, limit, bits)
+    withdrawn = _withdraw(domain, limit, bits)
     added = fp.distinct(_gather([pages.fingerprints[rows] for pages, rows in new]))
     retired = fp.distinct(_gather(domain.retired))
     domain.retired.clear()
@@ -55,16 +61,15 @@ def collect(domain: Domain, limit: int = COLLECT_PAGES) -> Delta:
         pages.flags[rows] |= PUBLISHED
     is_new = fp.contains(added, fp.keys(added), both)[1]
     was_known = fp.contains(retired, fp.keys(retired), both)[1]
-    return Delta(
-        both[is_new & ~was_known & ~held],
-        both[was_known & ~is_new & ~held],
-        sum(len(rows) for _, rows in new) < limit,
-    )
+    complete = withdrawn < limit and sum(len(rows) for _, rows in new) < limit
+    domain.untold = domain.untold or not complete
+    return Delta(both[is_new & ~was_known & ~held], both[was_known & ~is_new & ~held], complete)
 
 
 def forget(domain: Domain) -> None:
     """The index knows nothing of this domain."""
     domain.retired.clear()
+    domain.untold = True
     for arena in domain.arenas:
         for block in arena.pages.blocks():
             flags = arena.pages.flags[block]
@@ -86,12 +91,31 @@ def distinct_parts(domain: Domain) -> Iterator[fp.Fingerprints]:
         yield fp.distinct(_gather(chosen))
 
 
-def _new_pages(arenas: Sequence[Pages], limit: int) -> list[tuple[Pages, fp.Indices]]:
-    """Stable pages without the bit, at most `limit`."""
+def _withdraw(domain: Domain, limit: int, bits: int) -> int:
+    """Retire what was published by a wider sampling, at most `limit` pages; how many it was."""
+    left = limit
+    if bits > domain.sampled:
+        for pages, block in _blocks([arena.pages for arena in domain.arenas]):
+            published = np.flatnonzero(pages.flags[block] & PUBLISHED) + block.start
+            rows = published[~fp.sampled(pages.fingerprints[published], bits)][:left]
+            if len(rows):
+                domain.retired.append(pages.fingerprints[rows])
+                pages.flags[rows] &= ~PUBLISHED
+                left -= len(rows)
+    if left:
+        domain.sampled = bits
+    return limit - left
+
+
+def _new_pages(arenas: Sequence[Pages], limit: int, bits: int) -> list[tuple[Pages, fp.Indices]]:
+    """Stable pages of the sample without the bit, at most `limit`."""
     found = []
     for pages, block in _blocks(arenas):
         flags = pages.flags[block]
-        rows = np.flatnonzero(HAS_STABLE_FINGERPRINT[flags] & ((flags & PUBLISHED) == 0))[:limit]
+        rows = np.flatnonzero(HAS_STABLE_FINGERPRINT[flags] & ((flags & PUBLISHED) == 0))
+        if bits:
+            rows = rows[fp.sampled(pages.fingerprints[block][rows], bits)]
+        rows = rows[:limit]
         if len(rows):
             found.append((pages, rows + block.start))
             limit -= len(rows)

@@ -46,6 +46,14 @@ def equal(left: Fingerprints, right: Fingerprints) -> Mask:
     return mask
 
 
+def sampled(fingerprints: Fingerprints, bits: int) -> Mask:
+    """Which ones have this many (at most 64) zeros at the end, as numbers of 128 bits."""
+    # Fingerprints are big-endian, the halves are read little-endian.
+    low = np.uint64(int.from_bytes(((1 << bits) - 1).to_bytes(8, "big"), "little"))
+    mask: Mask = (fingerprints[:, 1] & low) == 0
+    return mask
+
+
 def sort(fingerprints: Fingerprints) -> tuple[Indices, Mask]:
     """An order that puts equal fingerprints side by side.
 

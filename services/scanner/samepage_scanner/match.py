@@ -71,7 +71,8 @@ class Match:
     Attributes:
         equal: runs (dtype RUN) of equal pages, longest first.
         zero: runs of pages that hold only zeros, longest first.
-        unique: by arena, private pages that no other page of those looked at is equal to.
+        unique: by arena, private pages that no other page of those looked at is equal to, or
+            that are equal in runs only that were left alone.
     """
 
     equal: Runs
@@ -79,14 +80,15 @@ class Match:
     unique: npt.NDArray[np.int64]
 
 
-def match(arenas: Sequence[Pages], *, waive: bool = False) -> Match:
+def match(arenas: Sequence[Pages], *, waive: bool = False, min_run: int = 1) -> Match:
     """Match all pages of one domain.
 
     Args:
         arenas: of one domain; at most 2**36 pages together.
         waive: look also at pages that are not stable.
+        min_run: leave shorter runs of equal pages alone.
     """
-    return _Matching(arenas, waive).result()
+    return _Matching(arenas, waive).result(min_run)
 
 
 class _Matching:
@@ -105,12 +107,13 @@ class _Matching:
         self._group_count = 0
         self._unique = np.zeros(len(arenas), np.int64)
 
-    def result(self) -> Match:
+    def result(self, min_run: int) -> Match:
         for part in range(self._parts):
             self._group(part)
         equal = np.empty((3, 0), np.int64)
         if self._group_count:
             equal = _join(list(self._equal(self._leaders(self._chains()))))
+            equal = self._leave_short(equal, min_run)
         zero = _join(list(self._zero()))
         return Match(self._records(*equal), self._records(zero[0], None, zero[2]), self._unique)
 
@@ -206,6 +209,22 @@ class _Matching:
                 follows = led_by != rows + first
                 yield _runs(rows[follows] + first, led_by[follows])
 
+    def _leave_short(self, runs: npt.NDArray[np.int64], min_run: int) -> npt.NDArray[np.int64]:
+        """The runs that are long enough; private pages in others alone are unique."""
+        short = runs[2] < min_run
+        if not short.any():
+            return runs
+        left = np.zeros(self._places, np.bool_)
+        for places in (runs[0][short], runs[1][short]):
+            left |= _covered(places, runs[2][short], self._places)
+        left &= ~_covered(runs[1][~short], runs[2][~short], self._places)
+        for number, (base, pages) in enumerate(zip(self._bases, self._arenas, strict=False)):
+            for block in pages.blocks():
+                private = (pages.flags[block] & STATE) == PageState.PRIVATE
+                private &= left[base + block.start : base + block.stop]
+                self._unique[number] += np.count_nonzero(private)
+        return runs[:, ~short]
+
     def _zero(self) -> Iterator[npt.NDArray[np.int64]]:
         for base, pages in zip(self._bases, self._arenas, strict=False):
             for block in pages.blocks():
@@ -244,6 +263,15 @@ def _part_of(keys: fp.Keys, parts: int) -> fp.Keys:
 def _runs(followers: Places, leaders: Places) -> npt.NDArray[np.int64]:
     """Join single pages, ordered by follower."""
     return _join([np.stack((followers, leaders, np.ones_like(followers)))])
+
+
+def _covered(places: Places, counts: Places, total: int) -> fp.Mask:
+    """By place, whether it is in a run. Runs may overlap: several follow one leader."""
+    steps = np.zeros(total + 1, np.int32)
+    np.add.at(steps, places, 1)
+    np.subtract.at(steps, places + counts, 1)
+    covered: fp.Mask = np.cumsum(steps, dtype=np.int32)[:-1] > 0
+    return covered
 
 
 def _join(pieces: list[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:

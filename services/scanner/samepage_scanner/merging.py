@@ -18,6 +18,8 @@ from samepage_scanner.match import Runs
 # A request's limits: what gRPC carries comfortably, and 1 GiB, so that a pass can be interrupted.
 REQUEST_RUNS_MAX = 1 << 16
 REQUEST_PAGES_MAX = 1 << 18
+# 32 MiB, so that background merges can be paced.
+BACKGROUND_PAGES_MAX = 1 << 13
 
 # Columns of a Tally: the outcomes, and what the merger does not know.
 GONE = len(Outcome)
@@ -49,12 +51,12 @@ def new_tally(arenas: int) -> Tally:
     return np.zeros((arenas, GONE + 1), np.int64)
 
 
-def requests(runs: Runs) -> Iterator[Runs]:
+def requests(runs: Runs, pages_max: int = REQUEST_PAGES_MAX) -> Iterator[Runs]:
     """Split runs into pieces that make one request each."""
     first = 0
     while first < len(runs):
         piece = runs[first : first + REQUEST_RUNS_MAX]
-        fitting = int(np.searchsorted(np.cumsum(piece["count"]), REQUEST_PAGES_MAX, "right"))
+        fitting = int(np.searchsorted(np.cumsum(piece["count"]), pages_max, "right"))
         yield piece[: max(fitting, 1)]
         first += max(fitting, 1)
 
@@ -139,6 +141,15 @@ class MergerClient:
             raise self._away("is away" if away else f"failed: {error.details()}") from error
         finally:
             call.cancel()
+
+    async def cpu_seconds(self) -> float:
+        """What the merger's process has spent since its start; 0 when it does not say."""
+        request = merger_pb2.GetMergerStatusRequest()
+        try:
+            answer = await self._stub.GetMergerStatus(request, timeout=self._progress_seconds)
+        except grpc.aio.AioRpcError:
+            return 0.0
+        return answer.cpu_seconds
 
     async def _follow(
         self,

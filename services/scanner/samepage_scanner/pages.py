@@ -43,12 +43,14 @@ class Change:
     """What a new look at some pages showed.
 
     Attributes:
-        written: how many pages have another fingerprint than before.
+        differs: by page, whether it has another fingerprint than before.
+        unsettled: the pages that are not stable.
         matters: whether matching could come to another result than before.
         retired: fingerprints that the index knows, of pages that do not hold them any more.
     """
 
-    written: int
+    differs: fp.Mask
+    unsettled: fp.Indices
     matters: bool
     retired: fp.Fingerprints
 
@@ -84,12 +86,12 @@ class Pages:
         """Pages whose fingerprint stood still between the last two passes."""
         return sum(int(np.count_nonzero(self.flags[block] & STABLE)) for block in self.blocks())
 
-    def update(self, first: int, fresh: fp.Fingerprints, states: Flags) -> Change:
-        """Note what pages from `first` on look like now. `fresh` is changed in place.
+    def update(self, pages: fp.Indices, fresh: fp.Fingerprints, states: Flags) -> Change:
+        """Note what some pages (ascending) look like now. `fresh` is changed in place.
 
         A page is stable when its fingerprint is what it was; one that maps a slot always is.
         """
-        part = slice(first, first + len(states))
+        part = _select(pages)
         old, old_flags = self.fingerprints[part], self.flags[part]
         fresh[~HAS_FINGERPRINT[states]] = 0
         same = fp.equal(old, fresh)
@@ -99,9 +101,26 @@ class Pages:
         retired = old[~same & ((old_flags & PUBLISHED) != 0)]
         matters = bool((((flags ^ old_flags) & (STATE | STABLE)) != 0).any())
         matters = matters or bool((shared & ~same).any())
-        written = len(same) - int(np.count_nonzero(same))
-        if written:
+        unsettled = pages[(states != PageState.ABSENT) & ((flags & STABLE) == 0)]
+        if not same.all():
             self.fingerprints[part] = fresh
         if not np.array_equal(flags, old_flags):
             self.flags[part] = flags
-        return Change(written, matters, retired)
+        return Change(~same, unsettled, matters, retired)
+
+    def settle(self, pages: fp.Indices) -> bool:
+        """Note that these pages were not written between the last two passes.
+
+        Returns:
+            Whether one of them is stable only now.
+        """
+        flags = self.flags[pages]
+        fresh = pages[((flags & STATE) != PageState.ABSENT) & ((flags & STABLE) == 0)]
+        self.flags[fresh] |= STABLE
+        return bool(len(fresh))
+
+
+def _select(pages: fp.Indices) -> fp.Indices | slice:
+    """The same as a slice, where that can be: a view instead of a copy."""
+    first, last = int(pages[0]), int(pages[-1])
+    return slice(first, last + 1) if last - first + 1 == len(pages) else pages

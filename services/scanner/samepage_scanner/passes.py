@@ -10,34 +10,21 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import structlog
 
 from samepage.daemon.policies import Policies
-from samepage.daemon.wire import Outcome, PageState
 from samepage.reports import ShareReport
 from samepage_scanner.books import Arena, Books, Domain
+from samepage_scanner.budget import Budget
 from samepage_scanner.config import Config
-from samepage_scanner.looking import Look, Looker
-from samepage_scanner.match import Match, Runs, match
-from samepage_scanner.merging import (
-    GONE,
-    MergerAwayError,
-    MergerClient,
-    MergerRefusedError,
-    Tally,
-    new_tally,
-    requests,
-    split_by_arenas,
-)
+from samepage_scanner.looking import Looker
+from samepage_scanner.merges import Merges
+from samepage_scanner.merging import MergerAwayError, MergerClient
 
 log = structlog.get_logger(__name__)
-
-# Outcomes that a later try may better though no page changes meanwhile.
-_PASSING = (Outcome.PINNED, Outcome.BUSY, GONE)
 
 
 class ShareRefusedError(Exception):
@@ -61,34 +48,6 @@ class _Request:
     answer: asyncio.Future[list[ShareReport]]
 
 
-@dataclass(frozen=True, slots=True)
-class _Merged:
-    """A domain's tallies by arena, of runs of zeros and of others."""
-
-    arenas: Sequence[Arena]
-    found: Match
-    zero: Tally
-    equal: Tally
-
-    def report(self, arena: Arena) -> ShareReport:
-        number = self.arenas.index(arena)
-        both = self.zero[number] + self.equal[number]
-        shared = arena.pages.count(PageState.SHARED) + self.equal[number, Outcome.MERGED]
-        return ShareReport(
-            merged=int(both[Outcome.MERGED]),
-            differs=int(both[Outcome.DIFFERS]),
-            pinned=int(both[Outcome.PINNED]),
-            absent=arena.pages.count(PageState.ABSENT) + int(both[Outcome.ABSENT]),
-            # The merger will know the arena in a moment: its agent is announcing it anew.
-            busy=int(both[Outcome.BUSY] + both[GONE]),
-            no_mapping=int(both[Outcome.NO_MAPPING]),
-            unsupported=int(both[Outcome.UNSUPPORTED]),
-            unique=int(self.found.unique[number]),
-            shared=int(shared),
-            pages=len(arena.pages),
-        )
-
-
 class Passes:
     """Runs passes.
 
@@ -96,7 +55,9 @@ class Passes:
         passed: called after every pass.
 
     Attributes:
-        interval: the pause before the next background pass, in seconds.
+        interval: seconds from the beginning of a background pass to the next.
+        budget: what background passes may spend.
+        looker: what looks at pages.
         passes: how many there were.
     """
 
@@ -111,9 +72,12 @@ class Passes:
         self._books = books
         self._merger = merger
         self._passed = passed
-        self._looker = Looker(books, policies.current.answer_seconds)
         self._waiting: list[_Request] = []
+        self._urgent = asyncio.Event()
         self._woken = asyncio.Event()
+        self.budget = Budget(policies, self._urgent)
+        self.looker = Looker(books, policies, self.budget)
+        self._merges = Merges(policies, merger, self.budget, self._urgent.is_set)
         self._running = asyncio.Lock()
         self.interval = policies.current.interval_seconds
         self.passes = 0
@@ -133,12 +97,15 @@ class Passes:
         answer: asyncio.Future[list[ShareReport]] = asyncio.get_running_loop().create_future()
         request = _Request(domain, arenas, answer)
         self._waiting.append(request)
+        self._urgent.set()
         self._woken.set()
         try:
             return await answer
         finally:
             if request in self._waiting:
                 self._waiting.remove(request)
+            if not self._waiting:
+                self._urgent.clear()
 
     def hasten(self) -> None:
         """Something is new: have the next background pass after the short pause."""
@@ -146,30 +113,27 @@ class Passes:
         self._woken.set()
 
     async def run_forever(self) -> None:
-        """Passes, each after its pause or as soon as a share waits, until cancelled."""
+        """Passes, each when its time has come or as soon as a share waits, until cancelled."""
         clock = asyncio.get_running_loop().time
-        ended, pause = clock(), 0.0
+        began = clock()
         while True:
-            await self._sleep(ended + max(pause, self.interval) - clock())
-            if self._waiting:
-                await self.run_once()
-            elif clock() - ended >= max(pause, self.interval):
-                pause = await self.run_once()
-                ended = clock()
+            await self._sleep(began + self.interval - clock())
+            if not self._waiting:
+                if clock() - began < self.interval:
+                    continue
+                began = clock()
+            await self.run_once()
 
-    async def run_once(self) -> float:
-        """One pass: over the domains of the shares that wait, or else over all.
-
-        Returns:
-            For how many seconds the next background pass should keep away, at the least.
-        """
+    async def run_once(self) -> None:
+        """One pass: over the domains of the shares that wait, or else over all."""
         async with self._running:
             shares, self._waiting = self._waiting, []
+            self._urgent.clear()
             try:
                 if shares:
                     await self._serve(shares)
-                    return 0.0
-                return await self._background()
+                else:
+                    await self._background()
             finally:
                 for share in shares:
                     text = "the scanner is stopping; try again when it is back"
@@ -187,11 +151,11 @@ class Passes:
         except TimeoutError:
             return
 
-    async def _background(self) -> float:
-        cpu = time.process_time()
+    async def _background(self) -> None:
         domains = list(self._books.domains.values())
         arenas = [arena for domain in domains for arena in domain.arenas]
-        look = await self._look(arenas)
+        await self._bury()
+        look = await self.looker.look(arenas, self._urgent.is_set)
         merged = 0
         for domain in domains:
             if domain.dirty and not self._waiting:
@@ -199,35 +163,38 @@ class Passes:
         if look.written or merged:
             self.interval = self._policies.current.interval_seconds
         else:
-            self.interval = min(2 * self.interval, self._policies.current.interval_max_seconds)
-        busy = look.agent_seconds + time.process_time() - cpu
-        return busy * (100 / self._policies.current.cpu_percent - 1)
+            longest = self._policies.current.interval_max_seconds
+            self.interval = min(2 * self.interval, longest)
+        self.budget.charge_own()
 
     async def _merge_in_background(self, domain: Domain) -> int:
+        await self.budget.admit()
         try:
-            done = await self._merge(domain, waive=False)
+            return (await self._merges.merge(domain)).merged
         except MergerAwayError as error:
             log.debug("not merging now", domain=domain.name, why=str(error))
             return 0
-        return int((done.zero + done.equal)[:, Outcome.MERGED].sum())
 
     async def _serve(self, shares: Sequence[_Request]) -> None:
         by_domain: dict[Domain, list[_Request]] = {}
         for share in shares:
             by_domain.setdefault(share.domain, []).append(share)
         arenas = [arena for domain in by_domain for arena in domain.arenas]
-        look = await self._look(arenas, urgent=True)
+        self.budget.charge_own()
+        await self._bury()
+        look = await self.looker.look(arenas, lambda: False, urgent=True)
         for domain, its_shares in by_domain.items():
             for share in its_shares:
                 _narrow(share, look.seen)
             ready = [share for share in its_shares if not share.answer.done()]
             if ready:
                 await self._answer(domain, ready)
+        self.budget.forgive_own()
 
     async def _answer(self, domain: Domain, shares: Sequence[_Request]) -> None:
         try:
             await self._merger.ready()
-            done = await self._merge(domain, waive=True)
+            done = await self._merges.merge(domain, urgent=True)
         except MergerAwayError as error:
             for share in shares:
                 _fail(share, errno.ENOTCONN, str(error))
@@ -238,56 +205,9 @@ class Passes:
                 if not share.answer.done():
                     share.answer.set_result([done.report(arena) for arena in share.arenas])
 
-    async def _look(self, arenas: Sequence[Arena], urgent: bool = False) -> Look:
+    async def _bury(self) -> None:
         async with self._books.lock:
             self._books.bury()
-        return await self._looker.look(arenas, lambda: not urgent and bool(self._waiting))
-
-    async def _merge(self, domain: Domain, waive: bool) -> _Merged:
-        """Match a domain's pages and have them merged.
-
-        Raises:
-            MergerAwayError: the domain stays dirty.
-        """
-        arenas = list(domain.arenas)
-        domain.dirty = False
-        complete = False
-        try:
-            found = await asyncio.to_thread(match, [a.pages for a in arenas], waive=waive)
-            done = _Merged(arenas, found, new_tally(len(arenas)), new_tally(len(arenas)))
-            complete = await self._order_merges(domain, done, waive)
-        finally:
-            domain.dirty = domain.dirty or not complete
-        return done
-
-    async def _order_merges(self, domain: Domain, done: _Merged, waive: bool) -> bool:
-        """Whether all was done, and nothing is left that a later try could better."""
-        for runs, tally in ((done.found.zero, done.zero), (done.found.equal, done.equal)):
-            for request in requests(runs):
-                if self._waiting and not waive:
-                    return False
-                await self._order_merge(domain, done.arenas, request, tally)
-        return not (done.zero + done.equal)[:, _PASSING].any()
-
-    async def _order_merge(
-        self, domain: Domain, arenas: Sequence[Arena], runs: Runs, tally: Tally
-    ) -> None:
-        """One request; or, when the merger refuses it, one for each pair of arenas.
-
-        What an agent says of its arenas to both daemons may differ, by malice or for a moment.
-        That must cost nobody else anything.
-        """
-        try:
-            await self._merger.merge(domain.name, arenas, runs, tally)
-        except MergerRefusedError as error:
-            pairs = split_by_arenas(runs)
-            if len(pairs) > 1:
-                for pair in pairs:
-                    await self._order_merge(domain, arenas, pair, tally)
-                return
-            follower = int(runs["follower_arena"][0])
-            log.warning("merger refuses runs", arena=arenas[follower].name, why=str(error))
-            tally[follower, GONE] += int(runs["count"].sum())
 
 
 def _narrow(share: _Request, seen: Collection[Arena]) -> None:

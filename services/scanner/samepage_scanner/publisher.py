@@ -20,10 +20,12 @@ import grpc
 import numpy as np
 import structlog
 
+from samepage.daemon.policies import Policies
 from samepage.v1 import index_pb2, index_pb2_grpc
 from samepage_scanner import deltas
 from samepage_scanner import fingerprints as fp
 from samepage_scanner.books import Books, Domain
+from samepage_scanner.config import Config
 
 BATCH_MAX = 1 << 16
 LOOKUP_MAX = 1 << 14
@@ -51,6 +53,7 @@ class Publisher:
         target: the index's gRPC target.
         host: this host's name in the cluster.
         merger_address: where other hosts reach this one's merger.
+        policies: say which fingerprints the index gets.
         changed: told whether the index is there, whenever that changes.
     """
 
@@ -60,11 +63,14 @@ class Publisher:
         target: str,
         host: str,
         merger_address: str,
+        policies: Policies[Config],
         changed: Callable[[bool], None],
     ) -> None:
         self._books = books
         self._target = target
+        self._policies = policies
         self._changed = changed
+        policies.follow(self._policy_changed)
         self._announce = index_pb2.Announce(
             host=host, epoch=secrets.randbits(63) + 1, merger_address=merger_address
         )
@@ -180,10 +186,11 @@ class Publisher:
         self._news.clear()
         async with self._books.lock:
             self._books.bury()
-            for domain in list(self._books.domains.values()):
+            bits = self._policies.current.sampling_bits
+            for domain in [known for known in self._books.domains.values() if known.untold]:
                 for arena in domain.arenas:
                     arena.known_to_index = True
-                delta = await asyncio.to_thread(deltas.collect, domain)
+                delta = await asyncio.to_thread(deltas.collect, domain, bits=bits)
                 self._pending.extend(_batches(domain, delta))
                 if not delta.complete:
                     self._news.set()
@@ -197,6 +204,11 @@ class Publisher:
             for domain in self._books.domains.values():
                 domain.buried.clear()
                 deltas.forget(domain)
+
+    def _policy_changed(self) -> None:
+        for domain in self._books.domains.values():
+            domain.untold = True
+        self._news.set()
 
     def _connected(self, connected: bool) -> None:
         if connected != self.connected:

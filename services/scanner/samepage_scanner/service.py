@@ -18,11 +18,11 @@ from samepage.v1 import scanner_pb2_grpc
 from samepage_scanner.books import Books
 from samepage_scanner.channel import Channel
 from samepage_scanner.config import Config
-from samepage_scanner.looking import WINDOW_BYTES
 from samepage_scanner.merging import MergerClient
 from samepage_scanner.passes import Passes
 from samepage_scanner.publisher import Publisher
 from samepage_scanner.servicer import ScannerServicer
+from samepage_scanner.turns import WINDOW_BYTES
 
 SOCKET = "scanner.sock"
 
@@ -106,6 +106,7 @@ class ScannerService:
             self._config.index,
             self._config.node_name,
             self._config.merger_address,
+            self.policies,
             self._index_changed,
         )
 

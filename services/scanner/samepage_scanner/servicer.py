@@ -104,6 +104,7 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
             merger_connected=self._merger.connected,
             published=self._publisher.published if self._publisher is not None else 0,
             cpu_seconds=used.ru_utime + used.ru_stime,
+            background_cpu_percent=self._passes.budget.percent,
         )
 
     async def GetOverlap(

@@ -38,6 +38,7 @@ class ScannerStats:
     merger_connected: bool
     published: int
     cpu_seconds: float
+    background_cpu_percent: float
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ ARENA_OPEN = struct.Struct("<QQIHH")
 ARENA_OPENED = struct.Struct("<Q")
 PAGE_RANGE = struct.Struct("<QQ")
 REPLACE = struct.Struct("<II")
+CHANGED = struct.Struct("<QQ")
 DONE = struct.Struct("<iI")
 SHARED = struct.Struct("<10Q")
 ACCOUNTED = struct.Struct("<QQ")
@@ -50,6 +51,7 @@ class Type(enum.IntEnum):
     RESTORE = 19
     DONE = 20
     RESTORED = 21
+    CHANGED = 22
     SHARE = 32
     SHARED = 33
     ACCOUNT = 34

@@ -165,7 +165,7 @@ class ShareOutcome(_message.Message):
     unsupported: _builtins.int
     """The kernel lacks what this needs; `samepage doctor` says what."""
     unique: _builtins.int
-    """No equal page on this host."""
+    """No equal page on this host, or only in runs shorter than ScannerPolicy.min_run_pages."""
     shared: _builtins.int
     """Mapped to a slot when the call returned, these and those from before."""
     pages: _builtins.int
@@ -221,6 +221,7 @@ class GetScannerStatusResponse(_message.Message):
     MERGER_CONNECTED_FIELD_NUMBER: _builtins.int
     PUBLISHED_FIELD_NUMBER: _builtins.int
     CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    BACKGROUND_CPU_PERCENT_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     agents: _builtins.int
     arenas: _builtins.int
@@ -236,6 +237,10 @@ class GetScannerStatusResponse(_message.Message):
     """Distinct fingerprints of this host that the index has."""
     cpu_seconds: _builtins.float
     """User and system CPU seconds of the scanner's process."""
+    background_cpu_percent: _builtins.float
+    """What background passes spent in the last minute, percent of one core: scanner, agents' threads
+    and merger together. The limit is ScannerPolicy.cpu_percent.
+    """
     def __init__(
         self,
         *,
@@ -249,10 +254,11 @@ class GetScannerStatusResponse(_message.Message):
         merger_connected: _builtins.bool = ...,
         published: _builtins.int = ...,
         cpu_seconds: _builtins.float = ...,
+        background_cpu_percent: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "cpu_seconds", b"cpu_seconds", "index_connected", b"index_connected", "merger_connected", b"merger_connected", "node", b"node", "pages", b"pages", "pages_scanned", b"pages_scanned", "passes", b"passes", "published", b"published"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "background_cpu_percent", b"background_cpu_percent", "cpu_seconds", b"cpu_seconds", "index_connected", b"index_connected", "merger_connected", b"merger_connected", "node", b"node", "pages", b"pages", "pages_scanned", b"pages_scanned", "passes", b"passes", "published", b"published"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -329,22 +335,38 @@ class ScannerPolicy(_message.Message):
     INTERVAL_SECONDS_FIELD_NUMBER: _builtins.int
     INTERVAL_MAX_SECONDS_FIELD_NUMBER: _builtins.int
     CPU_PERCENT_FIELD_NUMBER: _builtins.int
+    RECHECK_SECONDS_FIELD_NUMBER: _builtins.int
+    REST_PASSES_MAX_FIELD_NUMBER: _builtins.int
+    MIN_RUN_PAGES_FIELD_NUMBER: _builtins.int
+    SAMPLING_BITS_FIELD_NUMBER: _builtins.int
     interval_seconds: _builtins.float
     """Seconds from the beginning of a background pass to the next; 0.001 to 86400."""
     interval_max_seconds: _builtins.float
     """What the interval may grow to while passes find nothing, seconds; interval_seconds to 86400."""
     cpu_percent: _builtins.float
     """CPU budget of background passes, percent of one core; above 0 to 100."""
+    recheck_seconds: _builtins.float
+    """Seconds in which all pages are looked at anew though their agents track writes; 1 to 31536000."""
+    rest_passes_max: _builtins.int
+    """Passes for which pages that keep changing are left alone at most; 0 to 255."""
+    min_run_pages: _builtins.int
+    """Runs of equal pages that are shorter are left alone, and count as unique; 1 to 65536."""
+    sampling_bits: _builtins.int
+    """The index is told of fingerprints only whose lowest bits are zero, so many; 0 to 16."""
     def __init__(
         self,
         *,
         interval_seconds: _builtins.float | None = ...,
         interval_max_seconds: _builtins.float | None = ...,
         cpu_percent: _builtins.float | None = ...,
+        recheck_seconds: _builtins.float | None = ...,
+        rest_passes_max: _builtins.int | None = ...,
+        min_run_pages: _builtins.int | None = ...,
+        sampling_bits: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "_min_run_pages", b"_min_run_pages", "_recheck_seconds", b"_recheck_seconds", "_rest_passes_max", b"_rest_passes_max", "_sampling_bits", b"_sampling_bits", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds", "min_run_pages", b"min_run_pages", "recheck_seconds", b"recheck_seconds", "rest_passes_max", b"rest_passes_max", "sampling_bits", b"sampling_bits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "_min_run_pages", b"_min_run_pages", "_recheck_seconds", b"_recheck_seconds", "_rest_passes_max", b"_rest_passes_max", "_sampling_bits", b"_sampling_bits", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds", "min_run_pages", b"min_run_pages", "recheck_seconds", b"recheck_seconds", "rest_passes_max", b"rest_passes_max", "sampling_bits", b"sampling_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_percent: _TypeAlias = _typing.Literal["cpu_percent"]  # noqa: Y015
     _WhichOneofArgType__cpu_percent: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent"]  # noqa: Y015
@@ -352,12 +374,28 @@ class ScannerPolicy(_message.Message):
     _WhichOneofArgType__interval_max_seconds: _TypeAlias = _typing.Literal["_interval_max_seconds", b"_interval_max_seconds"]  # noqa: Y015
     _WhichOneofReturnType__interval_seconds: _TypeAlias = _typing.Literal["interval_seconds"]  # noqa: Y015
     _WhichOneofArgType__interval_seconds: _TypeAlias = _typing.Literal["_interval_seconds", b"_interval_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__min_run_pages: _TypeAlias = _typing.Literal["min_run_pages"]  # noqa: Y015
+    _WhichOneofArgType__min_run_pages: _TypeAlias = _typing.Literal["_min_run_pages", b"_min_run_pages"]  # noqa: Y015
+    _WhichOneofReturnType__recheck_seconds: _TypeAlias = _typing.Literal["recheck_seconds"]  # noqa: Y015
+    _WhichOneofArgType__recheck_seconds: _TypeAlias = _typing.Literal["_recheck_seconds", b"_recheck_seconds"]  # noqa: Y015
+    _WhichOneofReturnType__rest_passes_max: _TypeAlias = _typing.Literal["rest_passes_max"]  # noqa: Y015
+    _WhichOneofArgType__rest_passes_max: _TypeAlias = _typing.Literal["_rest_passes_max", b"_rest_passes_max"]  # noqa: Y015
+    _WhichOneofReturnType__sampling_bits: _TypeAlias = _typing.Literal["sampling_bits"]  # noqa: Y015
+    _WhichOneofArgType__sampling_bits: _TypeAlias = _typing.Literal["_sampling_bits", b"_sampling_bits"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_percent) -> _WhichOneofReturnType__cpu_percent | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_max_seconds) -> _WhichOneofReturnType__interval_max_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_seconds) -> _WhichOneofReturnType__interval_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_run_pages) -> _WhichOneofReturnType__min_run_pages | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__recheck_seconds) -> _WhichOneofReturnType__recheck_seconds | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__rest_passes_max) -> _WhichOneofReturnType__rest_passes_max | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sampling_bits) -> _WhichOneofReturnType__sampling_bits | None: ...
 
 Global___ScannerPolicy: _TypeAlias = ScannerPolicy  # noqa: Y015
 
