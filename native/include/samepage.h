@@ -73,8 +73,8 @@ uint32_t sp_probe(const char *dir);
 const char *sp_error(void);
 
 /* Connect to the merger (and, in the background, the scanner) in `dir`; NULL means $SAMEPAGE_DIR,
- * else /run/samepage. -ENOENT or -ECONNREFUSED: no merger there. -EPROTONOSUPPORT: it speaks
- * another protocol version. -ETIMEDOUT: it did not answer. */
+ * else /run/samepage. -ENOENT or -ECONNREFUSED: no merger there. -EPROTONOSUPPORT: there is
+ * no protocol version that both speak. -ETIMEDOUT: it did not answer. */
 int sp_connect(const char *dir, struct sp_node **node);
 
 /* End the connection. Arenas that are still open are closed first, as sp_arena_close() does; their

@@ -21,12 +21,13 @@ int sp_link_init(struct sp_link *link, const char *dir, const char *name)
 	return length < (int)sizeof(link->path) ? 0 : -ENAMETOOLONG;
 }
 
-int sp_link_open(struct sp_link *link, const struct wire_hello *hello)
+static int open_in(struct sp_link *link, const struct wire_hello *hello, uint8_t version)
 {
 	struct sockaddr_un address = {.sun_family = AF_UNIX};
 	struct iovec part = {.iov_base = (void *)hello, .iov_len = sizeof(*hello)};
 	int error;
 
+	link->version = version;
 	link->sock = socket(AF_UNIX, SOCK_SEQPACKET | SOCK_CLOEXEC | SOCK_NONBLOCK, 0);
 	if (link->sock < 0)
 		return -errno;
@@ -38,6 +39,25 @@ int sp_link_open(struct sp_link *link, const struct wire_hello *hello)
 	if (error)
 		sp_link_close(link);
 	return error;
+}
+
+int sp_link_open(struct sp_link *link, const struct wire_hello *hello)
+{
+	return open_in(link, hello, WIRE_VERSION);
+}
+
+int sp_link_step_back(struct sp_link *link, const struct wire_hello *hello,
+		      const struct sp_message *refused)
+{
+	uint8_t theirs = refused->header->version;
+	char text[1];
+
+	if (sp_link_refusal(refused, text, sizeof(text)) != EPROTONOSUPPORT)
+		return -ECONNREFUSED;
+	if (theirs < WIRE_VERSION_OLDEST || theirs >= link->version)
+		return -EPROTONOSUPPORT;
+	sp_link_close(link);
+	return open_in(link, hello, theirs);
 }
 
 void sp_link_close(struct sp_link *link)
@@ -65,7 +85,7 @@ int sp_link_send(struct sp_link *link, uint8_t type, uint32_t seq, uint32_t aren
 		 const struct iovec *parts, size_t n, int descriptor)
 {
 	struct wire_header header = {.magic = WIRE_MAGIC,
-				     .version = WIRE_VERSION,
+				     .version = link->version,
 				     .type = type,
 				     .length = sizeof(header),
 				     .seq = seq,
@@ -131,7 +151,7 @@ int sp_link_receive(struct sp_link *link, struct sp_message *message)
 	message->length = (size_t)length - sizeof(*header);
 	if ((size_t)length >= sizeof(*header) && header->magic == WIRE_MAGIC &&
 	    header->length == (size_t)length && !(received.msg_flags & (MSG_TRUNC | MSG_CTRUNC)) &&
-	    (header->version == WIRE_VERSION || header->type == WIRE_REFUSED))
+	    (header->version == link->version || header->type == WIRE_REFUSED))
 		return 1;
 	sp_message_close(message);
 	return -EPROTO;

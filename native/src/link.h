@@ -16,7 +16,8 @@
 
 struct sp_link {
 	char path[SP_LINK_PATH_MAX];
-	int sock; /* -1: not connected */
+	int sock;	 /* -1: not connected */
+	uint8_t version; /* of the protocol, on this connection */
 	bool welcomed;
 	int window_fd;
 	uint8_t *window;
@@ -35,8 +36,14 @@ struct sp_message {
 /* `path` is DIR/NAME. -ENAMETOOLONG. */
 int sp_link_init(struct sp_link *link, const char *dir, const char *name);
 
-/* Connect and say HELLO. -errno of connect(2) and sendmsg(2). */
+/* Connect and say HELLO, in the newest version. -errno of connect(2) and sendmsg(2). */
 int sp_link_open(struct sp_link *link, const struct wire_hello *hello);
+
+/* A message that came instead of WELCOME: if the daemon refuses the version, and speaks one that
+ * this library does too, connect anew and say HELLO in that. -ECONNREFUSED: it refuses something
+ * else. -EPROTONOSUPPORT: there is no version that both speak. Else as sp_link_open(). */
+int sp_link_step_back(struct sp_link *link, const struct wire_hello *hello,
+		      const struct sp_message *refused);
 
 /* Forget the connection and the window. Safe to call at any time. */
 void sp_link_close(struct sp_link *link);

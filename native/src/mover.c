@@ -193,7 +193,7 @@ static int receive_refused(struct sp_node *node, const struct sp_message *messag
 	int error = sp_link_refusal(message, text, sizeof(text));
 
 	if (!mover->link.welcomed)
-		return -ECONNREFUSED;
+		return sp_link_step_back(&mover->link, &node->hello, message);
 	if (request) {
 		if (request->kind == SP_REQUEST_ADD)
 			remove_arena(mover, request->arena);

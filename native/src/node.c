@@ -104,16 +104,30 @@ static const char *directory(const char *dir)
 	return dir && *dir ? dir : DEFAULT_DIR;
 }
 
-static int refused(const struct sp_link *link, const struct sp_message *message)
+/* A daemon that refuses: 0 when it shall be asked once more, in its own version. */
+static int answer_refusal(struct sp_link *link, const struct wire_hello *hello,
+			  const struct sp_message *message)
 {
 	char text[SP_REQUEST_TEXT];
-	int error = sp_link_refusal(message, text, sizeof(text));
+	int reason = -sp_link_refusal(message, text, sizeof(text));
+	uint8_t theirs = message->header->version;
+	int error = sp_link_step_back(link, hello, message);
 
-	return sp_fail(-error, "the daemon at %s refuses this process: %s", link->path, text);
+	if (error == -EPROTONOSUPPORT)
+		return sp_fail(error,
+			       "the daemon at %s speaks protocol version %d, and this library %d to "
+			       "%d: upgrade the %s",
+			       link->path, theirs, WIRE_VERSION_OLDEST, WIRE_VERSION,
+			       theirs > WIRE_VERSION ? "library" : "daemon");
+	if (error == -ECONNREFUSED)
+		return sp_fail(reason, "the daemon at %s refuses this process: %s", link->path, text);
+	return error ? sp_fail(error, "the daemon at %s went away: %s", link->path, strerror(-error))
+		     : 0;
 }
 
 /* Wait for WELCOME; the merger's /dev/userfaultfd goes to *device (-1: none came). */
-static int await_welcome(struct sp_link *link, size_t window_bytes, int *device)
+static int await_welcome(struct sp_link *link, const struct wire_hello *hello, size_t window_bytes,
+			 int *device)
 {
 	struct pollfd polled = {.fd = link->sock, .events = POLLIN};
 	struct sp_message message;
@@ -125,17 +139,18 @@ static int await_welcome(struct sp_link *link, size_t window_bytes, int *device)
 	result = sp_link_receive(link, &message);
 	if (result <= 0)
 		return sp_fail(result < 0 ? result : -EPROTO,
-			       "what answers at %s is no samepage daemon of this version", link->path);
+			       "what answers at %s is no samepage daemon", link->path);
 	if (message.header->type == WIRE_REFUSED) {
-		result = refused(link, &message);
-	} else {
-		result = sp_link_welcome(link, &message, window_bytes);
-		*device = message.descriptors[1];
-		message.descriptors[1] = -1;
-		if (result)
-			sp_fail(result, "what answers at %s is no samepage daemon of this version",
-				link->path);
+		result = answer_refusal(link, hello, &message);
+		sp_message_close(&message);
+		/* each time in an older version, so this ends */
+		return result ? result : await_welcome(link, hello, window_bytes, device);
 	}
+	result = sp_link_welcome(link, &message, window_bytes);
+	*device = message.descriptors[1];
+	message.descriptors[1] = -1;
+	if (result)
+		sp_fail(result, "what answers at %s is no samepage daemon", link->path);
 	sp_message_close(&message);
 	return result;
 }
@@ -153,7 +168,7 @@ static int connect_merger(struct sp_link *link, const char *dir, const struct wi
 			       "no merger answers at %s (%s): start samepage-merger, or set "
 			       "SAMEPAGE_DIR to its socket directory",
 			       link->path, strerror(-error));
-	error = await_welcome(link, SP_MERGER_WINDOW, device);
+	error = await_welcome(link, hello, SP_MERGER_WINDOW, device);
 	if (error)
 		sp_link_close(link);
 	return error;
@@ -167,7 +182,7 @@ static int connect_scanner(struct sp_link *link, const char *dir, const struct w
 
 	if (error)
 		return sp_fail(error, "the socket directory's path is too long: %s", dir);
-	if (!sp_link_open(link, hello) && await_welcome(link, SP_SCANNER_WINDOW, &none))
+	if (!sp_link_open(link, hello) && await_welcome(link, hello, SP_SCANNER_WINDOW, &none))
 		sp_link_close(link);
 	if (none >= 0)
 		close(none);

@@ -130,18 +130,24 @@ static int receive_opened(struct sp_reader *reader, const struct sp_message *mes
 	return 0;
 }
 
-static int receive_answer(struct sp_reader *reader, const struct sp_message *message)
+static int receive_refused(struct sp_node *node, const struct sp_message *message)
 {
+	struct sp_reader *reader = &node->reader;
 	struct sp_request *request = sp_mailbox_awaited(&reader->mailbox, message->header->seq);
 	char text[SP_REQUEST_TEXT];
-	int error;
+	int error = sp_link_refusal(message, text, sizeof(text));
 
-	if (message->header->type == WIRE_REFUSED) {
-		error = sp_link_refusal(message, text, sizeof(text));
-		if (request)
-			sp_mailbox_done(&reader->mailbox, request, -error, text);
-		return reader->link.welcomed ? 0 : -ECONNREFUSED;
-	}
+	if (!reader->link.welcomed)
+		return sp_link_step_back(&reader->link, &node->hello, message);
+	if (request)
+		sp_mailbox_done(&reader->mailbox, request, -error, text);
+	return 0;
+}
+
+static int receive_shared(struct sp_reader *reader, const struct sp_message *message)
+{
+	struct sp_request *request = sp_mailbox_awaited(&reader->mailbox, message->header->seq);
+
 	if (message->length != sizeof(struct wire_shared))
 		return -EPROTO;
 	if (request) {
@@ -151,8 +157,9 @@ static int receive_answer(struct sp_reader *reader, const struct sp_message *mes
 	return 0;
 }
 
-static int receive(struct sp_reader *reader, struct sp_message *message)
+static int receive(struct sp_node *node, struct sp_message *message)
 {
+	struct sp_reader *reader = &node->reader;
 	int error;
 
 	switch (message->header->type) {
@@ -165,8 +172,9 @@ static int receive(struct sp_reader *reader, struct sp_message *message)
 	case WIRE_ARENA_OPENED:
 		return receive_opened(reader, message);
 	case WIRE_REFUSED:
+		return receive_refused(node, message);
 	case WIRE_SHARED:
-		return receive_answer(reader, message);
+		return receive_shared(reader, message);
 	case WIRE_FINGERPRINT:
 		return reader->link.welcomed ? order_fingerprint(reader, message) : -EPROTO;
 	default:
@@ -174,13 +182,14 @@ static int receive(struct sp_reader *reader, struct sp_message *message)
 	}
 }
 
-static void receive_one(struct sp_reader *reader)
+static void receive_one(struct sp_node *node)
 {
+	struct sp_reader *reader = &node->reader;
 	struct sp_message message;
 	int result = sp_link_receive(&reader->link, &message);
 
 	if (result > 0) {
-		result = receive(reader, &message);
+		result = receive(node, &message);
 		sp_message_close(&message);
 	}
 	if (result < 0)
@@ -271,7 +280,7 @@ static void *run(void *argument)
 		while (go_on && (request = sp_mailbox_take(&reader->mailbox)))
 			go_on = carry_out(reader, request);
 		if (reader->link.sock >= 0 && polled[1].revents)
-			receive_one(reader);
+			receive_one(node);
 	}
 	sp_mailbox_close(&reader->mailbox, -EBADF);
 	sp_link_close(&reader->link);

@@ -13,7 +13,8 @@
 #endif
 
 #define WIRE_MAGIC 0x5053
-#define WIRE_VERSION 1
+#define WIRE_VERSION 2
+#define WIRE_VERSION_OLDEST 1 /* that a daemon may still speak */
 #define WIRE_MESSAGE_MAX 65536
 #define WIRE_FINGERPRINT_PAGES_MAX 16384
 #define WIRE_READ_PAGES_MAX 256
@@ -34,6 +35,8 @@ enum wire_type {
 	WIRE_RESTORE = 19,
 	WIRE_DONE = 20,
 	WIRE_RESTORED = 21,
+	WIRE_CHANGED = 22, /* from version 2 on */
+	WIRE_STALLS = 23,  /* likewise */
 	WIRE_SHARE = 32,
 	WIRE_SHARED = 33,
 	WIRE_ACCOUNT = 34,

@@ -54,4 +54,5 @@ def node_stats(directory: str) -> NodeStats:
         merged_total=status.merged_total,
         restored_total=status.restored_total,
         cpu_seconds=status.cpu_seconds,
+        older_agents=status.older_agents,
     )

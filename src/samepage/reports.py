@@ -99,6 +99,7 @@ class NodeStats:
         merged_total: pages merged since the merger started.
         restored_total: pages made private again since then.
         cpu_seconds: user and system CPU time that the merger has used, in seconds.
+        older_agents: processes whose library speaks an older version of the agent protocol.
     """
 
     node: str
@@ -111,3 +112,4 @@ class NodeStats:
     merged_total: int
     restored_total: int
     cpu_seconds: float
+    older_agents: int = 0

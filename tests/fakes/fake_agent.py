@@ -97,14 +97,18 @@ class FakeArena:
 class FakeAgent:
     """One connection to a scanner.
 
+    Args:
+        version: of the protocol.
+
     Attributes:
         on_order: called with every order instead of answering it, if set.
         ranges_max: ranges of written pages that it tells of in one answer.
         orders: every order that came.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
+    def __init__(self, sock: socket.socket, version: int = wire.VERSION) -> None:
         self._sock = sock
+        self._version = version
         self._loop = asyncio.get_running_loop()
         self._seq = 0
         self._answers: dict[int, asyncio.Future[wire.Message]] = {}
@@ -120,12 +124,18 @@ class FakeAgent:
         self._loop.add_reader(sock, self._readable)
 
     @classmethod
-    async def connect(cls, directory: Path, hello: bool = True, tracks: bool = False) -> FakeAgent:
+    async def connect(
+        cls,
+        directory: Path,
+        hello: bool = True,
+        tracks: bool = False,
+        version: int = wire.VERSION,
+    ) -> FakeAgent:
         """Connect to the scanner in a directory and say HELLO; `tracks`: that it tracks writes."""
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         sock.connect(str(directory / "scanner.sock"))
         sock.setblocking(False)
-        agent = cls(sock)
+        agent = cls(sock, version)
         if hello:
             payload = wire.HELLO.pack(agent.agent, os.getpid(), TRACKS_WRITES * tracks)
             await agent.request(Type.HELLO, 0, payload)
@@ -156,14 +166,14 @@ class FakeAgent:
     def close_arena(self, arena: FakeArena) -> None:
         """ARENA_CLOSE."""
         del self.arenas[arena.number]
-        self.send(wire.pack(Type.ARENA_CLOSE, 0, arena.number))
+        self.send(wire.pack(Type.ARENA_CLOSE, 0, arena.number, b"", self._version))
 
     async def request(self, kind: Type, arena: int = 0, payload: bytes = b"") -> wire.Message:
         """Send a request and return its answer. Raises RefusedError, DroppedError."""
         self._seq += 1
         answer: asyncio.Future[wire.Message] = self._loop.create_future()
         self._answers[self._seq] = answer
-        self.send(wire.pack(kind, self._seq, arena, payload))
+        self.send(wire.pack(kind, self._seq, arena, payload, self._version))
         return _unless_refused(await answer)
 
     def send(self, packet: bytes) -> None:
@@ -193,7 +203,7 @@ class FakeAgent:
     def done(self, order: wire.Message, error: int = 0, outcomes: bytes = b"") -> None:
         """DONE with anything."""
         payload = wire.DONE.pack(error, len(outcomes)) + outcomes
-        self.send(wire.pack(Type.DONE, order.seq, order.arena, payload))
+        self.send(wire.pack(Type.DONE, order.seq, order.arena, payload, self._version))
 
     def close(self) -> None:
         """End the connection, as a process that dies would."""

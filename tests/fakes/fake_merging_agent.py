@@ -99,14 +99,18 @@ class FakeArena:
 class FakeMergingAgent:
     """One agent.
 
+    Args:
+        version: of the protocol.
+
     Attributes:
         obey: clear it, and orders wait until it is set again.
         lie: given an order's outcomes, returns the ones to send instead.
         ordered: set when a message of this type has come.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, version: int = wire.VERSION) -> None:
         self.path = path
+        self._version = version
         self.agent = secrets.token_bytes(16)
         self.arenas: dict[int, FakeArena] = {}
         self.obey = asyncio.Event()
@@ -208,7 +212,7 @@ class FakeMergingAgent:
         fds: Sequence[int] = (),
     ) -> None:
         """Send a message."""
-        self.send_packet(wire.pack(kind, seq, arena, payload), fds)
+        self.send_packet(wire.pack(kind, seq, arena, payload, self._version), fds)
 
     def send_packet(self, packet: bytes, fds: Sequence[int] = ()) -> None:
         """Send whatever bytes."""

@@ -22,7 +22,7 @@ class LoneMerger:
 
     Args:
         directory: where.
-        version: of the protocol, that it claims to speak.
+        version: the only one of the protocol that it speaks.
         silent: it accepts, and never answers.
     """
 
@@ -102,7 +102,7 @@ class LoneMerger:
             self._answer(peer, message, wire.Type.ACCOUNTED, wire.ACCOUNTED.pack(0, 0))
 
     def _welcome(self, peer: socket.socket, message: wire.Message) -> None:
-        if self._version != wire.VERSION:
+        if message.version != self._version:
             self._refuse(peer, message, errno.EPROTONOSUPPORT, "another version")
             return
         descriptors = [_memfd(_WINDOW_BYTES)]
@@ -123,8 +123,7 @@ class LoneMerger:
         payload: bytes,
         *descriptors: int,
     ) -> None:
-        packet = bytearray(wire.pack(kind, message.seq, message.arena, payload))
-        packet[2] = self._version
+        packet = wire.pack(kind, message.seq, message.arena, payload, self._version)
         socket.send_fds(peer, [packet], descriptors)
         for descriptor in descriptors:
             os.close(descriptor)

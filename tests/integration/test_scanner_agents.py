@@ -96,7 +96,7 @@ async def test_books_that_are_full_refuse(bad: FakeAgent, pages: int) -> None:
 
 def _header(
     magic: int = wire.MAGIC,
-    version: int = 1,
+    version: int = wire.VERSION,
     kind: int = Type.SHARE,
     length: int = 16,
     arena: int = 1,
@@ -150,13 +150,23 @@ async def test_garbage_ends_that_connection_alone(
     assert {run[0] for run in merger.runs} == {"good-a"}
 
 
-async def test_wrong_version_is_told(host: ScannerHost) -> None:
+@pytest.mark.parametrize("version", [0, 3])
+async def test_wrong_version_is_told(host: ScannerHost, version: int) -> None:
     agent = await FakeAgent.connect(host.directory, hello=False)
-    hello = _header(version=2, kind=Type.HELLO, length=40, payload=bytes(24))
+    hello = _header(version=version, kind=Type.HELLO, length=40, payload=bytes(24))
     agent.send(hello)
     refused = await agent.notice
     assert refused.type is Type.REFUSED
     assert wire.REFUSED.unpack_from(refused.payload) == (errno.EPROTONOSUPPORT,)
+    assert f"protocol version {version}, and this daemon speaks 1 to 2".encode() in refused.payload
+    await agent.hung_up.wait()
+
+
+async def test_a_message_of_another_version_than_hello_ends_the_connection(
+    host: ScannerHost,
+) -> None:
+    agent = await FakeAgent.connect(host.directory, version=1)
+    agent.send(_header(version=2, kind=Type.SHARE, length=16))
     await agent.hung_up.wait()
 
 

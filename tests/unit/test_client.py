@@ -203,8 +203,22 @@ def test_a_path_too_long_for_a_socket() -> None:
         samepage.connect("/" + "x" * 200)
 
 
-def test_another_protocol_version(tmp_path: Path) -> None:
-    with LoneMerger(tmp_path, version=2), pytest.raises(samepage.ProtocolVersionError):
+def test_a_merger_one_protocol_version_back(tmp_path: Path) -> None:
+    with (
+        LoneMerger(tmp_path, version=1),
+        samepage.connect(tmp_path) as node,
+        node.create_arena("a", 4096) as arena,
+    ):
+        arena.buffer[:4] = b"data"
+        assert arena.stats().private == 1
+
+
+@pytest.mark.parametrize(("version", "who"), [(0, "daemon"), (3, "library")])
+def test_no_protocol_version_in_common(tmp_path: Path, version: int, who: str) -> None:
+    with (
+        LoneMerger(tmp_path, version=version),
+        pytest.raises(samepage.ProtocolVersionError, match=f"1 to 2: upgrade the {who}"),
+    ):
         samepage.connect(tmp_path)
 
 

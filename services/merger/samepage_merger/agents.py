@@ -59,6 +59,10 @@ class Agents:
     def __len__(self) -> int:
         return len(self._sessions)
 
+    def older(self) -> int:
+        """How many speak an older version of the protocol."""
+        return sum(peer.version < wire.VERSION for peer in self._sessions)
+
     def find(self, agent: bytes, number: int) -> Arena | None:
         """Return an open arena of a connected agent."""
         session = self._by_agent.get(agent)

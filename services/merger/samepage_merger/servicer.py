@@ -94,6 +94,7 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         return merger_pb2.GetMergerStatusResponse(
             node=self._node,
             agents=len(self._agents),
+            older_agents=self._agents.older(),
             arenas=sum(1 for _ in self._domains.arenas()),
             shared_pages=shared_pages,
             slots=slots,

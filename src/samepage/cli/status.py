@@ -89,6 +89,13 @@ def _show(
                 )
             ],
         )
+    for host in hosts:
+        if host.merger is not None and host.merger.older_agents:
+            messages.print(
+                f"{_name(host)}: {host.merger.older_agents} processes use an older library; "
+                "they share as before, and get what is new when they are started anew",
+                highlight=False,
+            )
     for problem in problems:
         messages.print(f"[red]{AWAY}:[/red] {problem}", highlight=False)
 

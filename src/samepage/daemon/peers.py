@@ -82,6 +82,7 @@ class Peer:
         agent: its 16-byte number.
         pid, uid, gid: from SO_PEERCRED; pid is 0 across pid namespaces.
         features: bits of docs/protocol.md.
+        version: of the protocol, as its HELLO had it.
         window: the memory shared with this agent.
     """
 
@@ -97,6 +98,7 @@ class Peer:
         )
         self.agent = b""
         self.features = 0
+        self.version = wire.VERSION
         self.closed = False
         self._window_fd = _make_window(server.window_bytes)
         self.window = mmap.mmap(self._window_fd, server.window_bytes)
@@ -146,7 +148,7 @@ class Peer:
         if len(self._queue) >= _SEND_QUEUE_MAX:
             self._drop("does not read its socket")
             return
-        packet = wire.pack(kind, seq, arena, payload)
+        packet = wire.pack(kind, seq, arena, payload, self.version)
         self._queue.append((packet, tuple(os.dup(fd) for fd in descriptors)))
         self._flush()
 
@@ -220,6 +222,8 @@ class Peer:
             self._hello(message)
         elif not self.agent:
             raise wire.ProtocolError(f"{message.type.name} before HELLO")
+        elif message.version != self.version:
+            raise wire.ProtocolError(f"a message of version {message.version}")
         elif message.type is wire.Type.DONE:
             self._done(message)
         else:
@@ -234,6 +238,7 @@ class Peer:
         if agent == bytes(16):
             raise wire.ProtocolError("HELLO without an agent number")
         self.agent = agent
+        self.version = message.version
         passed = [self._window_fd, *self._server.welcome_descriptors]
         payload = wire.WELCOME.pack(self._server.window_bytes, len(passed) - 1, 0)
         self.send(wire.Type.WELCOME, message.seq, 0, payload, passed)

@@ -11,7 +11,9 @@ import numpy.typing as npt
 
 PAGE_SIZE = 4096
 MAGIC = 0x5053
-VERSION = 1
+VERSION = 2
+#: What daemons speak: an agent of the version before goes on working when they are upgraded.
+VERSIONS = (1, 2)
 MESSAGE_MAX = 65_536
 FINGERPRINT_PAGES_MAX = 16_384
 READ_PAGES_MAX = 256
@@ -52,10 +54,14 @@ class Type(enum.IntEnum):
     DONE = 20
     RESTORED = 21
     CHANGED = 22
+    STALLS = 23
     SHARE = 32
     SHARED = 33
     ACCOUNT = 34
     ACCOUNTED = 35
+
+
+_SINCE = {Type.CHANGED: 2, Type.STALLS: 2}
 
 
 class Outcome(enum.IntEnum):
@@ -95,11 +101,14 @@ class Message:
     seq: int
     arena: int
     payload: bytes
+    version: int = VERSION
 
 
-def pack(kind: Type, seq: int = 0, arena: int = 0, payload: bytes = b"") -> bytes:
+def pack(
+    kind: Type, seq: int = 0, arena: int = 0, payload: bytes = b"", version: int = VERSION
+) -> bytes:
     """Return the packet of a message."""
-    return HEADER.pack(MAGIC, VERSION, kind, HEADER.size + len(payload), seq, arena) + payload
+    return HEADER.pack(MAGIC, version, kind, HEADER.size + len(payload), seq, arena) + payload
 
 
 def parse(packet: bytes) -> Message:
@@ -114,14 +123,21 @@ def parse(packet: bytes) -> Message:
     magic, version, kind, length, seq, arena = HEADER.unpack_from(packet)
     if magic != MAGIC:
         raise ProtocolError(f"magic 0x{magic:04x} is not samepage's")
-    if version != VERSION:
-        raise UnsupportedVersionError(f"protocol version {version}, this side speaks {VERSION}")
+    if version not in VERSIONS:
+        older = "library" if version < min(VERSIONS) else "daemon"
+        raise UnsupportedVersionError(
+            f"protocol version {version}, and this daemon speaks {min(VERSIONS)} to"
+            f" {max(VERSIONS)}: upgrade the {older}"
+        )
     if length != len(packet):
         raise ProtocolError(f"the header says {length} bytes, the packet has {len(packet)}")
     try:
-        return Message(Type(kind), seq, arena, packet[HEADER.size :])
+        message = Message(Type(kind), seq, arena, packet[HEADER.size :], version)
     except ValueError as error:
         raise ProtocolError(f"unknown message type {kind}") from error
+    if version < _SINCE.get(message.type, version):
+        raise ProtocolError(f"{message.type.name} is not in version {version}")
+    return message
 
 
 def unpack(layout: struct.Struct, message: Message) -> tuple[int, ...]:

@@ -296,6 +296,7 @@ class GetMergerStatusResponse(_message.Message):
     MERGED_TOTAL_FIELD_NUMBER: _builtins.int
     RESTORED_TOTAL_FIELD_NUMBER: _builtins.int
     CPU_SECONDS_FIELD_NUMBER: _builtins.int
+    OLDER_AGENTS_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     agents: _builtins.int
     arenas: _builtins.int
@@ -312,6 +313,8 @@ class GetMergerStatusResponse(_message.Message):
     restored_total: _builtins.int
     cpu_seconds: _builtins.float
     """User and system CPU seconds of the merger's process."""
+    older_agents: _builtins.int
+    """Connected processes whose library speaks an older version of the agent protocol."""
     def __init__(
         self,
         *,
@@ -325,10 +328,11 @@ class GetMergerStatusResponse(_message.Message):
         merged_total: _builtins.int = ...,
         restored_total: _builtins.int = ...,
         cpu_seconds: _builtins.float = ...,
+        older_agents: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "cpu_seconds", b"cpu_seconds", "merged_total", b"merged_total", "node", b"node", "restored_total", b"restored_total", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "slots", b"slots", "store_bytes", b"store_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "cpu_seconds", b"cpu_seconds", "merged_total", b"merged_total", "node", b"node", "older_agents", b"older_agents", "restored_total", b"restored_total", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "slots", b"slots", "store_bytes", b"store_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
