@@ -101,6 +101,11 @@ bench-plot: $(STAMPS)/dev ## Draw what `make bench` measured last, into BENCH_PI
 	@$(BIN)/python -m bench plot $(BENCH_LINES) $(BENCH_PICTURE)
 	@echo "==> $(BENCH_PICTURE)"
 
+.PHONY: model
+model: $(STAMPS)/dev native ## Hold 5,000 random programs to a model (PYTEST_ARGS as for test)
+	@SAMEPAGE_MODEL_PROGRAMS=5000 SAMEPAGE_MODEL_SECONDS=7200 \
+	    $(BIN)/python -m pytest tests/model $(PYTEST_ARGS)
+
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/
 	@$(PIP) install build && $(BIN)/python -m build --outdir dist

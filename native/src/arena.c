@@ -150,11 +150,11 @@ int sp_arena_create(struct sp_node *node, const char *name, const char *domain, 
 	if (!arena)
 		return sp_fail(-ENOMEM, "the system gives no %zu bytes", size);
 	error = ask(&node->mover.mailbox, SP_REQUEST_ADD, arena, NULL, CREATE_MS);
-	if (error == -ETIMEDOUT) {
-		ask(&node->mover.mailbox, SP_REQUEST_DROP, arena, NULL, -1);
+	if (error == -ETIMEDOUT)
 		sp_fail(error, "the merger did not answer within %d s", CREATE_MS / 1000);
-	}
 	if (error) {
+		/* or the mover would announce it to the next merger */
+		ask(&node->mover.mailbox, SP_REQUEST_DROP, arena, NULL, -1);
 		sp_arena_put(arena);
 		return error;
 	}

@@ -195,8 +195,10 @@ static int receive_refused(struct sp_node *node, const struct sp_message *messag
 	if (!mover->link.welcomed)
 		return sp_link_step_back(&mover->link, &node->hello, message);
 	if (request) {
-		if (request->kind == SP_REQUEST_ADD)
+		if (request->kind == SP_REQUEST_ADD) {
+			request->arena->announced = false;
 			remove_arena(mover, request->arena);
+		}
 		sp_mailbox_done(&mover->mailbox, request, -error, text);
 	} else if (arena && error == ESTALE && arena->store >= 0) {
 		leave_store(node, arena);

@@ -24,9 +24,21 @@ class LoneMerger:
         directory: where.
         version: the only one of the protocol that it speaks.
         silent: it accepts, and never answers.
+        dies_of: a type of message that it hangs up on.
+
+    Attributes:
+        opened: names of all arenas that were announced.
     """
 
-    def __init__(self, directory: Path, version: int = wire.VERSION, silent: bool = False) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        version: int = wire.VERSION,
+        silent: bool = False,
+        dies_of: wire.Type | None = None,
+    ) -> None:
+        self.opened: list[str] = []
+        self._dies_of = dies_of
         self.directory = directory
         self._version = version
         self._silent = silent
@@ -78,8 +90,13 @@ class LoneMerger:
             if not packet:
                 self._names -= set(names.values())
                 return
-            if not self._silent:
-                self._handle(peer, wire.parse(packet), names)
+            if self._silent:
+                continue
+            message = wire.parse(packet)
+            if message.type is self._dies_of:
+                peer.shutdown(socket.SHUT_RDWR)
+            else:
+                self._handle(peer, message, names)
 
     def _handle(
         self, peer: socket.socket, message: wire.Message, names: dict[int, tuple[str, str]]
@@ -88,6 +105,7 @@ class LoneMerger:
             self._welcome(peer, message)
         elif message.type is wire.Type.ARENA_OPEN:
             opened = wire.unpack_arena_open(message)
+            self.opened.append(opened.name)
             key = (opened.domain, opened.name)
             if key in self._names:
                 self._refuse(peer, message, errno.EEXIST, f"the name {opened.name!r} is taken")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import subprocess
@@ -16,6 +17,7 @@ from fakes.lone_merger import LoneMerger
 
 import samepage
 from samepage import native
+from samepage.daemon.wire import Type
 
 PAGE = 4096
 
@@ -201,6 +203,22 @@ def test_a_merger_that_was_killed_left_its_socket(tmp_path: Path) -> None:
 def test_a_path_too_long_for_a_socket() -> None:
     with pytest.raises(samepage.InvalidArgumentError, match="too long"):
         samepage.connect("/" + "x" * 200)
+
+
+def test_an_arena_that_was_not_made_is_not_announced_later(tmp_path: Path) -> None:
+    with contextlib.ExitStack() as stack:
+        with LoneMerger(tmp_path, dies_of=Type.ARENA_OPEN):
+            node = stack.enter_context(samepage.connect(tmp_path))
+            with pytest.raises(samepage.ServiceUnavailableError):
+                node.create_arena("a", 4096)
+        (tmp_path / "merger.sock").unlink()
+        with LoneMerger(tmp_path) as merger:
+            made = None
+            while made is None:
+                with contextlib.suppress(samepage.ServiceUnavailableError):
+                    made = node.create_arena("b", 4096)
+            assert merger.opened == ["b"]
+            made.close()
 
 
 def test_a_merger_one_protocol_version_back(tmp_path: Path) -> None:
