@@ -87,6 +87,8 @@ NEEDS = {
     "remap": Need(_userfaultfd(2), True, "no remap events of userfaultfd"),
     "poison": Need(_userfaultfd(14), True, "no UFFDIO_POISON (Linux 6.6)"),
     "pagemap_scan": Need(_userfaultfd(15), True, "no PAGEMAP_SCAN with WP_ASYNC (Linux 6.7)"),
+    "tracking": Need(_userfaultfd(15), True, "no write-protect-async faults (Linux 6.7)"),
+    "discard": Need(_userfaultfd(10), True, "no minor faults on tmpfs (Linux 5.14)"),
     "io_uring": Need(_io_uring, True, "no io_uring"),
     "ksm": Need(Path("/sys/kernel/mm/ksm/run").exists, True, "no kernel samepage merging"),
     "root": Need(_root, False, "not run as root"),

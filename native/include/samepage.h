@@ -35,7 +35,9 @@ enum sp_feature {
 	SP_FEATURE_WP_TMPFS = 1 << 2,	 /* write-protect faults on tmpfs (5.19) */
 	SP_FEATURE_REMAP = 1 << 3,	 /* remap events */
 	SP_FEATURE_POISON = 1 << 4,	 /* UFFDIO_POISON (6.6) */
-	SP_FEATURE_PAGEMAP_SCAN = 1 << 5 /* PAGEMAP_SCAN (6.7) */
+	SP_FEATURE_PAGEMAP_SCAN = 1 << 5, /* PAGEMAP_SCAN (6.7) */
+	SP_FEATURE_TRACKING = 1 << 6,	  /* writes are followed: with WP_ASYNC (6.7) */
+	SP_FEATURE_DISCARD = 1 << 7	  /* discarded shared pages are zero, as private ones (5.14) */
 };
 
 /* Pages by what one sp_arena_share() did to them. */
@@ -65,8 +67,8 @@ struct sp_arena_stats {
 
 /* Bits of enum sp_feature that this process can use. `dir` is the daemons' socket directory and
  * may be NULL: then only what the process can open by itself counts. SAMEPAGE_DISABLE in the
- * environment, a comma-separated list of userfaultfd, move, wp_tmpfs, remap, poison and
- * pagemap_scan, takes features away. */
+ * environment, a comma-separated list of userfaultfd, move, wp_tmpfs, remap, poison, pagemap_scan,
+ * tracking and discard, takes features away. */
 uint32_t sp_probe(const char *dir);
 
 /* What went wrong in this thread's last failed call: a sentence, never NULL. */
@@ -96,6 +98,12 @@ size_t sp_arena_size(const struct sp_arena *arena);
 int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_report *report);
 
 int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats);
+
+/* Give the memory of whole pages back: they read as zeros from now on, as fresh ones. `offset` and
+ * `length` are in bytes. Unlike madvise(MADV_DONTNEED), it is exact also while the pages are just
+ * being merged. -EINVAL: no whole pages, or not inside the arena. -ENOMEM: no mapping is left to do
+ * it with. */
+int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length);
 
 /* Make every page private again. Needs no daemon. -ENOMEM: there is no memory for all the copies;
  * pages that could not be copied stay shared. */

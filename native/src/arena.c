@@ -59,17 +59,12 @@ static int check(const char *name, const char *domain, size_t size)
 	return 0;
 }
 
-/* Anonymous memory that no child inherits. */
-static uint8_t *map_memory(size_t length)
+static void unmap_memory(struct sp_arena *arena)
 {
-	uint8_t *data = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	if (data == MAP_FAILED)
-		return NULL;
-	if (madvise(data, length, MADV_DONTFORK) == 0)
-		return data;
-	munmap(data, length);
-	return NULL;
+	if (arena->data)
+		sp_memory_unmap(arena->data, arena->pages);
+	if (arena->shadow)
+		sp_memory_unmap(arena->shadow, arena->pages);
 }
 
 static struct sp_arena *make_arena(struct sp_node *node, const char *name, const char *domain,
@@ -79,10 +74,10 @@ static struct sp_arena *make_arena(struct sp_node *node, const char *name, const
 
 	if (!arena)
 		return NULL;
-	arena->data = map_memory(pages * SP_PAGE_SIZE);
+	arena->pages = pages;
+	arena->data = sp_memory_map(pages, &arena->shadow);
 	if (!arena->data || sp_extents_init(&arena->extents, pages)) {
-		if (arena->data)
-			munmap(arena->data, pages * SP_PAGE_SIZE);
+		unmap_memory(arena);
 		free(arena);
 		return NULL;
 	}
@@ -90,7 +85,6 @@ static struct sp_arena *make_arena(struct sp_node *node, const char *name, const
 	strcpy(arena->domain, domain);
 	arena->node = node;
 	arena->number = atomic_fetch_add(&node->last_arena, 1) + 1;
-	arena->pages = pages;
 	arena->store = -1;
 	atomic_init(&arena->references, 1);
 	atomic_fetch_add(&node->references, 1);
@@ -104,8 +98,7 @@ void sp_arena_put(struct sp_arena *arena)
 	if (atomic_fetch_sub(&arena->references, 1) != 1)
 		return;
 	if (!atomic_load(&node->forked)) {
-		if (arena->data)
-			munmap(arena->data, arena->pages * SP_PAGE_SIZE);
+		unmap_memory(arena);
 		if (arena->store >= 0)
 			close(arena->store);
 	}
@@ -236,6 +229,25 @@ int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats)
 	if (!ask(&arena->node->mover.mailbox, SP_REQUEST_ACCOUNT, arena, &accounted, ACCOUNT_MS))
 		stats->saved_bytes = accounted.saved_bytes;
 	return 0;
+}
+
+int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length)
+{
+	struct sp_request request = {.kind = SP_REQUEST_DISCARD,
+				     .arena = arena,
+				     .page = offset / SP_PAGE_SIZE,
+				     .count = length / SP_PAGE_SIZE};
+	int error = usable(arena);
+
+	if (error)
+		return error;
+	if (offset % SP_PAGE_SIZE || length % SP_PAGE_SIZE)
+		return sp_fail(-EINVAL, "offset %zu and length %zu are not whole pages of %d bytes",
+			       offset, length, SP_PAGE_SIZE);
+	if (request.page > arena->pages || request.count > arena->pages - request.page)
+		return sp_fail(-EINVAL, "%zu bytes at offset %zu are not inside the arena's %zu bytes",
+			       length, offset, arena->pages * SP_PAGE_SIZE);
+	return sp_mailbox_call(&arena->node->mover.mailbox, &request, -1);
 }
 
 int sp_arena_unshare(struct sp_arena *arena)

@@ -3,6 +3,7 @@
 #include <errno.h>
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "kernel.h"
@@ -11,30 +12,94 @@
 #include "thread.h"
 
 #define EVENTS 16
+#define FULL_MS 1
+
+uint64_t sp_faults_now(void)
+{
+	struct timespec now;
+
+	clock_gettime(CLOCK_MONOTONIC, &now);
+	return (uint64_t)now.tv_sec * 1000000000 + (uint64_t)now.tv_nsec;
+}
 
 static void queue(struct sp_faults *faults, const struct sp_fault *fault)
 {
+	bool is_range = fault->kind == SP_FAULT_REMOVED || fault->kind == SP_FAULT_MOVED;
+
 	pthread_mutex_lock(&faults->lock);
-	if (faults->count < SP_FAULT_RING)
+	if (faults->count < (is_range ? SP_FAULT_RING : SP_FAULTS_MOST))
 		faults->ring[(faults->first + faults->count++) % SP_FAULT_RING] = *fault;
 	else
 		faults->overflow = true;
 	pthread_mutex_unlock(&faults->lock);
 }
 
-static void read_events(struct sp_faults *faults)
+/* Whether so many ranges wait that the next might not fit. */
+static bool is_full(struct sp_faults *faults)
+{
+	bool full;
+
+	pthread_mutex_lock(&faults->lock);
+	full = faults->count > SP_FAULT_RING - EVENTS;
+	pthread_mutex_unlock(&faults->lock);
+	return full;
+}
+
+static bool read_fault(struct sp_faults *faults, const struct uffd_msg *event,
+		       struct sp_fault *fault)
+{
+	uint64_t flags = event->arg.pagefault.flags;
+
+	fault->address = event->arg.pagefault.address & ~(uint64_t)(SP_PAGE_SIZE - 1);
+	if (!(flags & UFFD_PAGEFAULT_FLAG_MINOR)) {
+		fault->kind = flags & UFFD_PAGEFAULT_FLAG_WP ? SP_FAULT_WRITE : SP_FAULT_MISSING;
+		return true;
+	}
+	fault->kind = SP_FAULT_UNMAPPED;
+	/* the mover itself reads shared pages, and can't serve itself */
+	if ((int)event->arg.pagefault.feat.ptid != atomic_load(&faults->pager->thread))
+		return true;
+	sp_pager_map_again(faults->pager, (uint8_t *)(uintptr_t)fault->address, 1);
+	return false;
+}
+
+static bool read_event(struct sp_faults *faults, const struct uffd_msg *event,
+		       struct sp_fault *fault)
+{
+	struct sp_pager *pager = faults->pager;
+
+	switch (event->event) {
+	case UFFD_EVENT_PAGEFAULT:
+		return read_fault(faults, event, fault);
+	case UFFD_EVENT_REMOVE:
+		fault->kind = SP_FAULT_REMOVED;
+		fault->address = event->arg.remove.start;
+		fault->length = event->arg.remove.end - event->arg.remove.start;
+		return true;
+	case UFFD_EVENT_REMAP:
+		fault->kind = SP_FAULT_MOVED;
+		fault->address = event->arg.remap.from;
+		fault->length = event->arg.remap.len;
+		fault->to = event->arg.remap.to;
+		/* most of the mover's own; it knows the others by their addresses */
+		return fault->address != atomic_load(&pager->moved_from) ||
+		       fault->to != atomic_load(&pager->moved_to);
+	default:
+		return false;
+	}
+}
+
+static void read_events(struct sp_faults *faults, int uffd)
 {
 	struct uffd_msg events[EVENTS];
-	ssize_t length = read(faults->uffd, events, sizeof(events));
+	ssize_t length = read(uffd, events, sizeof(events));
 	bool found = false;
 
 	for (size_t i = 0; length > 0 && i < (size_t)length / sizeof(*events); i++) {
-		struct sp_fault fault;
+		struct sp_fault fault = {.when = sp_faults_now()};
 
-		if (events[i].event != UFFD_EVENT_PAGEFAULT)
-			continue; /* a remap: reading it was all */
-		fault.address = events[i].arg.pagefault.address & ~(uint64_t)(SP_PAGE_SIZE - 1);
-		fault.missing = !(events[i].arg.pagefault.flags & UFFD_PAGEFAULT_FLAG_WP);
+		if (!read_event(faults, &events[i], &fault))
+			continue;
 		queue(faults, &fault);
 		found = true;
 	}
@@ -45,23 +110,29 @@ static void read_events(struct sp_faults *faults)
 static void *watch(void *argument)
 {
 	struct sp_faults *faults = argument;
-	struct pollfd polled[] = {{.fd = faults->uffd, .events = POLLIN},
+	struct pollfd polled[] = {{.fd = faults->pager->uffds.memory, .events = POLLIN},
+				  {.fd = faults->pager->uffds.store, .events = POLLIN},
 				  {.fd = faults->stop, .events = POLLIN}};
 
-	while (!(polled[1].revents & POLLIN)) {
-		if (poll(polled, 2, -1) < 0 && errno != EINTR)
+	while (!(polled[2].revents & POLLIN)) {
+		/* a mover that changes a mapping waits for its event, however full it is here */
+		bool hold = is_full(faults) && !atomic_load(&faults->pager->moving);
+
+		if (poll(hold ? polled + 2 : polled, hold ? 1 : 3, hold ? FULL_MS : -1) < 0 &&
+		    errno != EINTR)
 			break;
-		if (polled[0].revents & POLLIN)
-			read_events(faults);
+		for (int i = 0; i < 2 && !hold; i++)
+			if (polled[i].revents & POLLIN)
+				read_events(faults, polled[i].fd);
 	}
 	return NULL;
 }
 
-int sp_faults_start(struct sp_faults *faults, int uffd, struct sp_mailbox *mailbox)
+int sp_faults_start(struct sp_faults *faults, struct sp_pager *pager, struct sp_mailbox *mailbox)
 {
 	int error;
 
-	*faults = (struct sp_faults){.uffd = uffd, .mailbox = mailbox};
+	*faults = (struct sp_faults){.pager = pager, .mailbox = mailbox};
 	faults->stop = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 	if (faults->stop < 0)
 		return -errno;

@@ -25,6 +25,9 @@
 #ifndef UFFD_FEATURE_POISON
 #define UFFD_FEATURE_POISON (1 << 14)
 #endif
+#ifndef UFFD_FEATURE_WP_ASYNC
+#define UFFD_FEATURE_WP_ASYNC (1 << 15)
+#endif
 #ifndef UFFD_FEATURE_MOVE
 #define UFFD_FEATURE_MOVE (1 << 16)
 #endif
@@ -39,6 +42,12 @@ struct uffdio_move {
 #define UFFDIO_MOVE _IOWR(UFFDIO, 0x05, struct uffdio_move)
 #define UFFDIO_MOVE_MODE_DONTWAKE ((uint64_t)1 << 0)
 #define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES ((uint64_t)1 << 1)
+#endif
+#ifndef UFFDIO_CONTINUE_MODE_WP
+#define UFFDIO_CONTINUE_MODE_WP ((uint64_t)1 << 1)
+#endif
+#ifndef MREMAP_DONTUNMAP
+#define MREMAP_DONTUNMAP 4
 #endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
@@ -62,12 +71,48 @@ struct pm_scan_arg {
 	uint64_t return_mask;
 };
 #define PAGEMAP_SCAN _IOWR('f', 16, struct pm_scan_arg)
+struct page_region {
+	uint64_t start;
+	uint64_t end;
+	uint64_t categories;
+};
+#define PAGE_IS_WPALLOWED ((uint64_t)1 << 0)
+#define PAGE_IS_WRITTEN ((uint64_t)1 << 1)
+#define PAGE_IS_FILE ((uint64_t)1 << 2)
+#define PAGE_IS_PRESENT ((uint64_t)1 << 3)
+#define PAGE_IS_SWAPPED ((uint64_t)1 << 4)
+#define PM_SCAN_WP_MATCHING ((uint64_t)1 << 0)
+#endif
+#ifndef PROCMAP_QUERY
+struct procmap_query {
+	uint64_t size;
+	uint64_t query_flags;
+	uint64_t query_addr;
+	uint64_t vma_start;
+	uint64_t vma_end;
+	uint64_t vma_flags;
+	uint64_t vma_page_size;
+	uint64_t vma_offset;
+	uint64_t inode;
+	uint32_t dev_major;
+	uint32_t dev_minor;
+	uint32_t vma_name_size;
+	uint32_t build_id_size;
+	uint64_t vma_name_addr;
+	uint64_t build_id_addr;
+};
+#define PROCMAP_QUERY _IOWR('f', 17, struct procmap_query)
+#define PROCMAP_QUERY_VMA_READABLE 0x01
+#define PROCMAP_QUERY_VMA_WRITABLE 0x02
+#define PROCMAP_QUERY_VMA_EXECUTABLE 0x04
+#define PROCMAP_QUERY_COVERING_OR_NEXT_VMA 0x10
 #endif
 
 /* Bits of a /proc/self/pagemap entry. */
 #define PAGEMAP_PRESENT ((uint64_t)1 << 63)
 #define PAGEMAP_SWAPPED ((uint64_t)1 << 62)
 #define PAGEMAP_FILE ((uint64_t)1 << 61)
+#define PAGEMAP_GUARD ((uint64_t)1 << 58)
 #define PAGEMAP_UFFD_WP ((uint64_t)1 << 57)
 
 static inline int sys_result(long result)
@@ -138,6 +183,15 @@ static inline int uffd_copy(int uffd, void *to, const void *from, size_t length,
 
 	*copied = request.copy > 0 ? (size_t)request.copy : 0;
 	return result;
+}
+
+/* Maps a page of a file that is in memory, protected against writes, and wakes. */
+static inline int uffd_continue(int uffd, const void *start, size_t length)
+{
+	struct uffdio_continue request = {.range = {.start = (uintptr_t)start, .len = length},
+					  .mode = UFFDIO_CONTINUE_MODE_WP};
+
+	return sys_result(ioctl(uffd, UFFDIO_CONTINUE, &request));
 }
 
 /* Moves pages without waking, holes included; *moved tells how many bytes are through. */

@@ -17,6 +17,7 @@ struct sp_arena;
 enum sp_request_kind {
 	SP_REQUEST_ADD,	    /* announce an arena */
 	SP_REQUEST_UNSHARE, /* every page private again */
+	SP_REQUEST_DISCARD, /* a range of pages zero, and given back to the kernel */
 	SP_REQUEST_CLOSE,   /* the same, and forget the arena */
 	SP_REQUEST_DROP,    /* unmap the arena's memory, and forget it */
 	SP_REQUEST_ACCOUNT, /* ask the merger what the arena saves */
@@ -31,6 +32,7 @@ enum sp_request_state { SP_NEW, SP_RUNNING, SP_WAITING, SP_DONE };
 struct sp_request {
 	enum sp_request_kind kind;
 	struct sp_arena *arena;
+	uint64_t page, count; /* of the range, where the kind has one */
 	void *answer; /* where the daemon's answer goes; its type follows from the kind */
 	enum sp_request_state state;
 	uint32_t seq; /* of the message whose answer is awaited */

@@ -18,6 +18,7 @@
 #define SEND_PATIENCE_MS 1000
 #define MESSAGES_A_TURN 16
 #define NO_MEMORY "there is no memory for private copies; the pages stay shared and readable"
+#define NO_MAPPING "the system gives no mapping (see vm.max_map_count) or no memory"
 #define MERGER_AWAY "the merger is away; the arena's memory is safe, try again later"
 
 struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number)
@@ -317,26 +318,48 @@ static void drop_memory(struct sp_arena *arena)
 	arena->data = NULL;
 }
 
+/* Take a new arena into the list and announce it. */
+static void add_arena(struct sp_node *node, struct sp_request *request)
+{
+	struct sp_mover *mover = &node->mover;
+	struct sp_arena *arena = request->arena;
+	int error = 0;
+
+	if (mover->can_share)
+		error = sp_pager_adopt(&mover->pager, arena->data, arena->shadow, arena->pages,
+				       &arena->tracked);
+	if (error) {
+		sp_mailbox_done(&mover->mailbox, request, error, NO_MAPPING);
+		return;
+	}
+	atomic_fetch_add(&arena->references, 1);
+	arena->mover_next = mover->arenas;
+	mover->arenas = arena;
+	ask_merger(node, request);
+}
+
 /* Carry out one request; false: it was the last one. */
 static bool carry_out(struct sp_node *node, struct sp_request *request)
 {
 	struct sp_mover *mover = &node->mover;
 	struct sp_arena *arena = request->arena;
 	bool stop = request->kind == SP_REQUEST_STOP;
+	const char *text = NO_MEMORY;
 	int error = 0;
 
 	switch (request->kind) {
 	case SP_REQUEST_ADD:
-		atomic_fetch_add(&arena->references, 1);
-		arena->mover_next = mover->arenas;
-		mover->arenas = arena;
-		ask_merger(node, request);
+		add_arena(node, request);
 		return true;
 	case SP_REQUEST_ACCOUNT:
 		ask_merger(node, request);
 		return true;
 	case SP_REQUEST_UNSHARE:
 		error = sp_mover_restore(node, arena, 0, arena->pages);
+		break;
+	case SP_REQUEST_DISCARD:
+		error = sp_mover_discard(node, arena, request->page, request->count);
+		text = NO_MAPPING;
 		break;
 	case SP_REQUEST_CLOSE:
 		error = sp_mover_restore(node, arena, 0, arena->pages);
@@ -351,7 +374,7 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 		while (mover->arenas)
 			leave(node, mover->arenas);
 	}
-	sp_mailbox_done(&mover->mailbox, request, error, error ? NO_MEMORY : NULL);
+	sp_mailbox_done(&mover->mailbox, request, error, error ? text : NULL);
 	return !stop;
 }
 
@@ -386,6 +409,12 @@ static int reconnect(struct sp_node *node, int64_t *next)
 	return sp_link_open(&mover->link, &node->hello) ? mover->reconnect_ms : -1;
 }
 
+/* The shorter of two times to sleep, ms; -1 is for ever. */
+static int sooner(int one, int other)
+{
+	return one < 0 || (other >= 0 && other < one) ? other : one;
+}
+
 static void *run(void *argument)
 {
 	struct sp_node *node = argument;
@@ -393,9 +422,12 @@ static void *run(void *argument)
 	int64_t next = 0;
 	bool go_on = true;
 
+	if (mover->can_share)
+		sp_pager_claim(&mover->pager);
 	while (go_on) {
 		struct sp_request *request;
-		int timeout = reconnect(node, &next);
+		int timeout = sooner(reconnect(node, &next),
+				     sooner(sp_mover_send_stalls(node), sp_mover_audit(node)));
 		struct pollfd polled[] = {{.fd = mover->mailbox.wake, .events = POLLIN},
 					  {.fd = mover->link.sock, .events = POLLIN}};
 

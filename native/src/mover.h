@@ -42,6 +42,10 @@ bool sp_mover_was_restored(const struct sp_mover *mover, uint32_t arena, uint64_
 int sp_mover_send(struct sp_node *node, uint8_t type, uint32_t seq, uint32_t arena,
 		  const struct iovec *parts, size_t n, int descriptor);
 
+/* Note that pages map no slot any more. */
+void sp_mover_add_notice(struct sp_mover *mover, const struct sp_arena *arena, uint64_t page,
+			 uint64_t count);
+
 /* Tell the merger what was restored. */
 void sp_mover_send_notices(struct sp_node *node);
 
@@ -50,6 +54,33 @@ int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq
 
 /* Carry out an order of the merger. -EPROTO: it is malformed. */
 int sp_mover_order(struct sp_node *node, const struct sp_message *message);
+
+/* A thread's fault that was read at `since` (ns) is served. */
+void sp_mover_count_stall(struct sp_mover *mover, uint64_t since);
+
+/* Tell the merger of stalls, when it is time to. Returns in how many ms it will be; -1: never. */
+int sp_mover_send_stalls(struct sp_node *node);
+
+/* Restore at most `count` pages from a shared page on, within its run. Returns how many are dealt
+ * with now; 0: there is no memory for a copy, and nothing has changed. */
+uint64_t sp_mover_restore_stretch(struct sp_node *node, struct sp_arena *arena,
+				  const struct sp_extent *extent, uint64_t page, uint64_t count);
+
+/* Discard at most *n shared pages of a run, from `page` on; *n becomes how many. -ENOMEM. */
+int sp_mover_discard_shared(struct sp_node *node, struct sp_arena *arena,
+			    const struct sp_extent *extent, uint64_t page, uint64_t *n);
+
+/* Something else than its slots is at `foreign` shared pages from `page` on. Wait for what may
+ * explain it, else strike them out of the books. Returns how many pages were looked at. */
+uint64_t sp_mover_strike_out(struct sp_node *node, struct sp_arena *arena, uint64_t page,
+			     uint64_t foreign);
+
+/* Drop [page, page + count) of the arena: absent, to read as zeros. -ENOMEM: some keep their bytes. */
+int sp_mover_discard(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
+
+/* Look for mappings of the store that the application has taken away, when it is time to. Returns
+ * in how many ms it will be; -1: there are none. */
+int sp_mover_audit(struct sp_node *node);
 
 struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number);
 

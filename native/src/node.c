@@ -52,9 +52,12 @@ static void after_fork_in_child(void)
 		close_inherited(node->reader.link.sock);
 		close_inherited(node->reader.link.window_fd);
 		close_inherited(node->reader.pagemap);
+		close_inherited(node->reader.maps);
 		if (node->mover.can_share) {
-			close_inherited(node->mover.pager.uffd);
+			close_inherited(node->mover.pager.uffds.memory);
+			close_inherited(node->mover.pager.uffds.store);
 			close_inherited(node->mover.pager.pagemap);
+			close_inherited(node->mover.pager.maps);
 		}
 		for (struct sp_arena *arena = node->mover.arenas; arena; arena = arena->mover_next)
 			close_inherited(arena->store);
@@ -202,14 +205,14 @@ uint32_t sp_probe(const char *dir)
 	struct sp_link *link = calloc(1, sizeof(*link));
 	struct wire_hello hello = {0};
 	uint32_t features = 0;
-	int device = -1, uffd;
+	struct sp_uffds uffds;
+	int device = -1;
 
 	if (link && dir && !make_hello(&hello) && !connect_merger(link, dir, &hello, &device))
 		sp_link_close(link);
 	free(link);
-	uffd = sp_probe_open(device, &features);
-	if (uffd >= 0)
-		close(uffd);
+	if (!sp_probe_open(device, &features, &uffds))
+		sp_uffds_close(&uffds);
 	if (device >= 0)
 		close(device);
 	return features;
@@ -231,20 +234,20 @@ static size_t map_count_limit(void)
 /* Set up what sharing needs. Where the kernel lacks a piece, the node works without sharing. */
 static int prepare_pager(struct sp_node *node, int device)
 {
-	int uffd = sp_probe_open(device, &node->hello.features);
-	int error;
+	struct sp_uffds uffds;
+	int error = sp_probe_open(device, &node->hello.features, &uffds);
 
 	node->mover.extents_budget = map_count_limit() / 4;
-	if (uffd < 0)
+	if (error)
 		return 0;
 	if ((node->hello.features & SP_FEATURES_NEEDED) != SP_FEATURES_NEEDED) {
-		close(uffd);
+		sp_uffds_close(&uffds);
 		return 0;
 	}
-	error = sp_pager_init(&node->mover.pager, uffd);
+	error = sp_pager_init(&node->mover.pager, uffds, node->hello.features);
 	if (error)
 		return sp_fail(error, "cannot prepare to replace pages: %s", strerror(-error));
-	error = sp_faults_start(&node->faults, uffd, &node->mover.mailbox);
+	error = sp_faults_start(&node->faults, &node->mover.pager, &node->mover.mailbox);
 	if (error) {
 		sp_pager_destroy(&node->mover.pager);
 		return sp_fail(error, "cannot start a thread: %s", strerror(-error));
@@ -287,7 +290,7 @@ static struct sp_node *make_node(void)
 	atomic_init(&node->references, 1);
 	node->mover.link.sock = node->mover.link.window_fd = -1;
 	node->reader.link.sock = node->reader.link.window_fd = -1;
-	node->reader.pagemap = -1;
+	node->reader.pagemap = node->reader.maps = -1;
 	if (sp_mailbox_init(&node->mover.mailbox))
 		goto no_mover;
 	if (!sp_mailbox_init(&node->reader.mailbox))

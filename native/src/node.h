@@ -19,10 +19,12 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "changes.h"
 #include "extents.h"
 #include "faults.h"
 #include "link.h"
 #include "mailbox.h"
+#include "memory.h"
 #include "pager.h"
 #include "samepage.h"
 
@@ -36,7 +38,9 @@ struct sp_arena {
 	char name[SP_NAME_MAX + 1];
 	char domain[SP_DOMAIN_MAX + 1];
 	uint8_t *data;
+	uint8_t *shadow; /* memory.h */
 	size_t pages;
+	bool tracked; /* writes are followed; set before the reader knows the arena */
 	atomic_uint references;
 	atomic_bool closed;
 
@@ -61,6 +65,13 @@ struct sp_notice {
 	struct wire_range range;
 };
 
+/* Faults served since the merger was told last, by how long a thread waited. */
+struct sp_stalls {
+	uint64_t waits[WIRE_STALL_BUCKETS];
+	bool any;
+	int64_t sent; /* ms */
+};
+
 struct sp_mover {
 	pthread_t thread;
 	struct sp_mailbox mailbox;
@@ -72,6 +83,8 @@ struct sp_mover {
 	struct sp_notice notices[SP_NOTICES];
 	size_t notice_count;
 	bool notices_lost; /* more than fit: only announcing everything anew helps */
+	struct sp_stalls stalls;
+	int64_t audit_next; /* when to look for mappings that the application took away, ms */
 	int reconnect_ms;  /* pause before the next attempt */
 	uint8_t outcomes[WIRE_REPLACE_PAGES_MAX];
 };
@@ -81,9 +94,13 @@ struct sp_reader {
 	struct sp_mailbox mailbox;
 	struct sp_link link;
 	int pagemap;
+	int maps;
 	struct sp_arena *arenas;
 	int reconnect_ms;
-	uint64_t page_states[WIRE_FINGERPRINT_PAGES_MAX];
+	union {
+		uint64_t page_states[WIRE_FINGERPRINT_PAGES_MAX];
+		struct sp_regions regions;
+	};
 };
 
 struct sp_node {

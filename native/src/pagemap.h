@@ -23,10 +23,10 @@ static inline bool sp_pagemap_is_shared(uint64_t entry)
 	return entry & PAGEMAP_PRESENT ? entry & PAGEMAP_FILE : entry & PAGEMAP_UFFD_WP;
 }
 
-/* There is a page, in memory or swapped out. */
+/* There is a page, in memory or swapped out, and no guard region of the application's. */
 static inline bool sp_pagemap_has_page(uint64_t entry)
 {
-	return entry & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED);
+	return entry & (PAGEMAP_PRESENT | PAGEMAP_SWAPPED) && !(entry & PAGEMAP_GUARD);
 }
 
 /* Reading the page brings no fresh zero page. */

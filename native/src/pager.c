@@ -5,6 +5,7 @@
 #include <time.h>
 
 #include "kernel.h"
+#include "maps.h"
 #include "pagemap.h"
 #include "wire.h"
 
@@ -17,7 +18,7 @@ static size_t bytes_of(size_t pages)
 	return pages * SP_PAGE_SIZE;
 }
 
-static void back_off(void)
+void sp_pager_back_off(void)
 {
 	struct timespec pause = {.tv_nsec = 20000};
 
@@ -34,45 +35,94 @@ static void *map_anonymous(size_t length)
 	return memory;
 }
 
-int sp_pager_init(struct sp_pager *pager, int uffd)
+int sp_pager_init(struct sp_pager *pager, struct sp_uffds uffds, uint32_t features)
 {
 	size_t length = bytes_of(SP_TAKE_PAGES);
-	int error;
+	int error = -ENOMEM;
 
-	*pager = (struct sp_pager){.uffd = uffd, .pagemap = -1};
-	pager->pagemap = sp_pagemap_open();
-	if (pager->pagemap < 0) {
-		error = pager->pagemap;
-		goto fail;
-	}
+	*pager = (struct sp_pager){.uffds = uffds,
+				   .tracks = features & SP_FEATURE_TRACKING,
+				   .discards = features & SP_FEATURE_DISCARD,
+				   .pagemap = sp_pagemap_open(),
+				   .maps = sp_maps_open()};
+	sp_pager_claim(pager);
 	pager->staging = map_anonymous(length);
+	pager->bounce = map_anonymous(length);
 	pager->page_states = map_anonymous(SP_TAKE_PAGES * sizeof(uint64_t));
-	if (!pager->staging || !pager->page_states) {
-		error = -ENOMEM;
-		goto fail;
-	}
-	error = uffd_register(uffd, pager->staging, length, UFFDIO_REGISTER_MODE_MISSING);
-	if (!error)
-		return 0;
-fail:
-	sp_pager_destroy(pager);
+	if (pager->pagemap < 0)
+		error = pager->pagemap;
+	else if (pager->maps < 0)
+		error = pager->maps;
+	else if (pager->staging && pager->bounce && pager->page_states)
+		error = uffd_register(uffds.memory, pager->staging, length,
+				      UFFDIO_REGISTER_MODE_MISSING);
+	if (error)
+		sp_pager_destroy(pager);
 	return error;
+}
+
+static void unmap(void *memory, size_t length)
+{
+	if (memory)
+		munmap(memory, length);
 }
 
 void sp_pager_destroy(struct sp_pager *pager)
 {
-	if (pager->staging)
-		munmap(pager->staging, bytes_of(SP_TAKE_PAGES));
-	if (pager->page_states)
-		munmap(pager->page_states, SP_TAKE_PAGES * sizeof(uint64_t));
+	unmap(pager->staging, bytes_of(SP_TAKE_PAGES));
+	unmap(pager->bounce, bytes_of(SP_TAKE_PAGES));
+	unmap(pager->page_states, SP_TAKE_PAGES * sizeof(uint64_t));
 	if (pager->pagemap >= 0)
 		close(pager->pagemap);
-	close(pager->uffd);
+	if (pager->maps >= 0)
+		close(pager->maps);
+	sp_uffds_close(&pager->uffds);
+}
+
+void sp_pager_claim(struct sp_pager *pager)
+{
+	atomic_store(&pager->thread, (int)gettid());
+}
+
+int sp_pager_adopt(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_t n, bool *tracked)
+{
+	*tracked = pager->tracks && !uffd_register(pager->uffds.memory, data, bytes_of(n),
+						   UFFDIO_REGISTER_MODE_WP);
+	return uffd_register(pager->uffds.memory, shadow, bytes_of(n),
+			     UFFDIO_REGISTER_MODE_MISSING);
+}
+
+/* Registering alone never takes a mode away, so missing faults end by unregistering. */
+void sp_pager_end_missing(struct sp_pager *pager, uint8_t *address, size_t n)
+{
+	uffd_unregister(pager->uffds.memory, address, bytes_of(n));
+	sp_pager_follow(pager, address, n);
+}
+
+void sp_pager_follow(struct sp_pager *pager, uint8_t *address, size_t n)
+{
+	if (pager->tracks)
+		uffd_register(pager->uffds.memory, address, bytes_of(n), UFFDIO_REGISTER_MODE_WP);
+}
+
+int sp_pager_remap(struct sp_pager *pager, uint8_t *from, size_t n, int flags, uint8_t *to)
+{
+	void *moved;
+	int error;
+
+	atomic_store(&pager->moved_from, (uintptr_t)from);
+	atomic_store(&pager->moved_to, (uintptr_t)to);
+	atomic_store(&pager->moving, true);
+	moved = mremap(from, bytes_of(n), bytes_of(n), MREMAP_MAYMOVE | MREMAP_FIXED | flags, to);
+	error = moved == MAP_FAILED ? -errno : 0;
+	atomic_store(&pager->moving, false);
+	return error;
 }
 
 void sp_pager_wake(struct sp_pager *pager, const uint8_t *address, size_t n)
 {
-	uffd_wake(pager->uffd, address, bytes_of(n));
+	uffd_wake(pager->uffds.memory, address, bytes_of(n));
+	uffd_wake(pager->uffds.store, address, bytes_of(n));
 }
 
 /* What becomes of a page that did not move, from the errno of a single-page attempt. */
@@ -99,7 +149,7 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 	while (done < n) {
 		if (length > n - done)
 			length = n - done;
-		error = uffd_move(pager->uffd, pager->staging + bytes_of(done),
+		error = uffd_move(pager->uffds.memory, pager->staging + bytes_of(done),
 				  address + bytes_of(done), bytes_of(length), &moved);
 		moved /= SP_PAGE_SIZE;
 		memset(outcomes + done, WIRE_MERGED, moved);
@@ -110,7 +160,7 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 		} else if (length > 1) {
 			length = error == -EBUSY ? 1 : length / 2;
 		} else if (error == -EAGAIN && ++tries < BUSY_TRIES) {
-			back_off();
+			sp_pager_back_off();
 		} else {
 			outcomes[done++] = refusal(error);
 			length = n - done;
@@ -121,7 +171,9 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 
 int sp_pager_take(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes)
 {
-	int error = uffd_register(pager->uffd, address, bytes_of(n), UFFDIO_REGISTER_MODE_MISSING);
+	uint64_t mode = UFFDIO_REGISTER_MODE_MISSING |
+			(pager->tracks ? UFFDIO_REGISTER_MODE_WP : 0);
+	int error = uffd_register(pager->uffds.memory, address, bytes_of(n), mode);
 
 	if (error)
 		return error;
@@ -129,7 +181,7 @@ int sp_pager_take(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *o
 	error = sp_pagemap_read(pager->pagemap, pager->staging, n, pager->page_states);
 	if (error) { /* can't tell holes from pages: nothing may be read there */
 		sp_pager_put_back(pager, address, 0, n);
-		uffd_unregister(pager->uffd, address, bytes_of(n));
+		sp_pager_end_missing(pager, address, n);
 		sp_pager_wake(pager, address, n);
 		return error;
 	}
@@ -148,7 +200,7 @@ static size_t copy_back(struct sp_pager *pager, uint8_t *address, const uint8_t 
 
 	if (sp_pagemap_read(pager->pagemap, page, 1, &state) || !sp_pagemap_has_page(state))
 		return 1;
-	return uffd_copy(pager->uffd, address, page, SP_PAGE_SIZE, &copied) != -EAGAIN;
+	return uffd_copy(pager->uffds.memory, address, page, SP_PAGE_SIZE, &copied) != -EAGAIN;
 }
 
 void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, size_t n)
@@ -161,8 +213,8 @@ void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, s
 
 		if (length > n - done)
 			length = n - done;
-		error = uffd_move(pager->uffd, address + at, pager->staging + at, bytes_of(length),
-				  &moved);
+		error = uffd_move(pager->uffds.memory, address + at, pager->staging + at,
+				  bytes_of(length), &moved);
 		done += moved / SP_PAGE_SIZE;
 		if (!error || moved)
 			length = n - done;
@@ -171,7 +223,7 @@ void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, s
 		else if (error == -ENOENT || error == -EINVAL || error == -EEXIST)
 			done += copy_back(pager, address + at, pager->staging + at);
 		else
-			back_off();
+			sp_pager_back_off();
 	}
 }
 
@@ -181,6 +233,8 @@ static int map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, 
 	size_t length = bytes_of(n);
 	uint8_t *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, store,
 			       (off_t)(slot * SP_PAGE_SIZE));
+	uint64_t mode = UFFDIO_REGISTER_MODE_WP |
+			(pager->discards ? UFFDIO_REGISTER_MODE_MINOR : 0);
 	int error;
 
 	if (memory == MAP_FAILED)
@@ -189,9 +243,15 @@ static int map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, 
 	if (!error)
 		error = sys_result(madvise(memory, length, MADV_POPULATE_READ));
 	if (!error)
-		error = uffd_register(pager->uffd, memory, length, UFFDIO_REGISTER_MODE_WP);
-	if (!error)
-		error = uffd_writeprotect(pager->uffd, memory, length, UFFDIO_WRITEPROTECT_MODE_WP);
+		error = uffd_register(pager->uffds.store, memory, length, mode);
+	while (!error) { /* EAGAIN: an event waits to be read, which is the watcher's */
+		error = uffd_writeprotect(pager->uffds.store, memory, length,
+					  UFFDIO_WRITEPROTECT_MODE_WP);
+		if (error != -EAGAIN)
+			break;
+		sp_pager_back_off();
+		error = 0;
+	}
 	if (error)
 		munmap(memory, length);
 	else
@@ -232,36 +292,32 @@ static void finish(struct sp_pager *pager, uint8_t *address, size_t n, const uin
 			continue;
 		/* what mremap() put there is registered for writes, and must stay so */
 		if (i > private_from)
-			uffd_unregister(pager->uffd, address + bytes_of(private_from),
-					bytes_of(i - private_from));
+			sp_pager_end_missing(pager, address + bytes_of(private_from), i - private_from);
 		private_from = end;
 	}
 	if (n > private_from)
-		uffd_unregister(pager->uffd, address + bytes_of(private_from),
-				bytes_of(n - private_from));
+		sp_pager_end_missing(pager, address + bytes_of(private_from), n - private_from);
 	sp_pager_wake(pager, address, n);
 }
 
 /* Move stretches of the side mapping over the pages that compared equal, and unmap the rest. */
-static void map_over(uint8_t *address, size_t n, uint8_t *side, uint8_t *outcomes)
+static void map_over(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *side,
+		     uint8_t *outcomes)
 {
 	size_t end;
 
 	for (size_t i = 0; i < n; i = end) {
 		uint8_t *from = side + bytes_of(i);
-		size_t length;
-		void *to = MAP_FAILED;
+		int error = -ENOMEM;
 
 		end = stretch(outcomes, i, n);
-		length = bytes_of(end - i);
 		if (outcomes[i] == WIRE_MERGED) {
-			to = mremap(from, length, length, MREMAP_MAYMOVE | MREMAP_FIXED,
-				    address + bytes_of(i));
-			if (to == MAP_FAILED)
+			error = sp_pager_remap(pager, from, end - i, 0, address + bytes_of(i));
+			if (error)
 				memset(outcomes + i, WIRE_NO_MAPPING, end - i);
 		}
-		if (to == MAP_FAILED)
-			munmap(from, length);
+		if (error)
+			munmap(from, bytes_of(end - i));
 	}
 }
 
@@ -284,7 +340,7 @@ void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int st
 		if (outcomes[i] == WIRE_MERGED && memcmp(pager->staging + bytes_of(i),
 							 side + bytes_of(i), SP_PAGE_SIZE) != 0)
 			outcomes[i] = WIRE_DIFFERS;
-	map_over(address, n, side, outcomes);
+	map_over(pager, address, n, side, outcomes);
 	finish(pager, address, n, outcomes, true);
 }
 
@@ -303,84 +359,20 @@ void sp_pager_drop_zero(struct sp_pager *pager, uint8_t *address, size_t n, uint
 	finish(pager, address, n, outcomes, false);
 }
 
-static int read_slots(int store, uint8_t *to, size_t length, uint64_t slot)
-{
-	size_t done = 0;
-
-	while (done < length) {
-		ssize_t n = pread(store, to + done, length - done,
-				  (off_t)(slot * SP_PAGE_SIZE + done));
-
-		if (n < 0)
-			return -errno;
-		if (n == 0)
-			return -EIO;
-		done += (size_t)n;
-	}
-	return 0;
-}
-
-int sp_pager_restore(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot)
-{
-	size_t length = bytes_of(n);
-	uint8_t *fresh = map_anonymous(length);
-	int error;
-
-	if (!fresh)
-		return -ENOMEM;
-	error = read_slots(store, fresh, length, slot);
-	if (!error &&
-	    mremap(fresh, length, length, MREMAP_MAYMOVE | MREMAP_FIXED, address) == MAP_FAILED)
-		error = -errno;
-	if (error) {
-		munmap(fresh, length);
-		return error;
-	}
-	sp_pager_wake(pager, address, n);
-	return 0;
-}
-
-/* Whether the address holds a page of its own, and no slot. */
-static bool is_copied(struct sp_pager *pager, const uint8_t *address)
-{
-	uint64_t state;
-
-	(void)*(const volatile uint8_t *)address; /* from swap, so that the entry tells */
-	return !sp_pagemap_read(pager->pagemap, address, 1, &state) && (state & PAGEMAP_PRESENT) &&
-	       !(state & PAGEMAP_FILE);
-}
-
-int sp_pager_copy_in_place(struct sp_pager *pager, uint8_t *address)
-{
-	int error = uffd_writeprotect(pager->uffd, address, SP_PAGE_SIZE, 0);
-
-	if (error)
-		return error;
-	/* now, and not at the next write: until then the page is still the slot's */
-	error = sys_result(madvise(address, SP_PAGE_SIZE, MADV_POPULATE_WRITE));
-	if (!error)
-		return 0;
-	uffd_writeprotect(pager->uffd, address, SP_PAGE_SIZE, UFFDIO_WRITEPROTECT_MODE_WP);
-	if (!is_copied(pager, address))
-		return error;
-	/* a thread wrote before the protection was back, so the kernel did copy */
-	return uffd_writeprotect(pager->uffd, address, SP_PAGE_SIZE, 0);
-}
-
 int sp_pager_fill(struct sp_pager *pager, uint8_t *address, const uint8_t *bytes, size_t n)
 {
 	size_t done = 0, length = bytes_of(n), copied;
 	int error = 0;
 
 	while (done < length) {
-		error = uffd_copy(pager->uffd, address + done, bytes + done, length - done, &copied);
+		error = uffd_copy(pager->uffds.memory, address + done, bytes + done, length - done, &copied);
 		done += copied;
 		if (!error || copied)
 			continue;
 		if (error == -EEXIST)
 			done += SP_PAGE_SIZE;
 		else if (error == -EAGAIN)
-			back_off();
+			sp_pager_back_off();
 		else
 			break;
 	}

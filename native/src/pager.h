@@ -12,41 +12,70 @@
  *    thread that comes by meanwhile sleeps instead of finding a fresh zero page.
  *  - mremap() puts a prepared mapping in place of another one in a single step. The store's run is
  *    mapped at a side address, populated, registered and write-protected there first, so that it
- *    arrives protected; the pages of a restore are filled at a side address first, so that they
- *    arrive with their bytes.
+ *    arrives protected; the pages of a restore are filled in the arena's shadow (memory.h) first,
+ *    so that they arrive with their bytes.
  *
  * So at every instant an address maps its private page, or nothing (and whoever touches it waits),
  * or a slot with the same bytes that traps on write. Whatever fails on the way, the page is put
  * back where it was; a step that could not be undone is not begun.
  *
+ * Two userfaultfds share the work (probe.h). Private memory is registered for asynchronous write
+ * protection where the kernel has it: who writes is not kept waiting, and PAGEMAP_SCAN tells which
+ * pages were written (docs/decisions/0003-dirty-tracking.md). A take adds missing faults to that
+ * and ends by registering anew, which leaves what was put back counted as written.
+ *
  * Side mappings are made where the kernel likes and moved away whole or unmapped by their own
  * addresses: a fixed area would have holes after a partial move that other threads' mmap() fills.
  *
- * A pager belongs to one thread (the mover) which must not touch arena memory itself. That thread
- * sleeps in mremap() of a registered range until the remap event has been read, so another one
- * (the watcher) has to read events, and must not wait for the first.
+ * A pager belongs to one thread (the mover) which must not touch private arena memory itself. That
+ * thread sleeps in mremap() of a registered range until the remap event has been read, so another
+ * one (the watcher) has to read events, and must not wait for the first.
  */
 #ifndef SP_PAGER_H
 #define SP_PAGER_H
 
+#include <stdatomic.h>
+#include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 
+#include "probe.h"
 #include "samepage.h"
 
 #define SP_TAKE_PAGES 256 /* longest run taken at once: bounds how long a thread may wait */
 
 struct sp_pager {
-	int uffd;
+	struct sp_uffds uffds;
+	bool tracks;	       /* writes to private memory are followed */
+	bool discards;	       /* what is discarded of a mapping of the store is told of */
 	int pagemap;	       /* /proc/self/pagemap */
+	int maps;	       /* /proc/self/maps */
 	uint8_t *staging;      /* SP_TAKE_PAGES pages, registered for missing faults */
+	uint8_t *bounce;       /* as many, for slots' bytes on their way */
 	uint64_t *page_states; /* pagemap entries of a run */
+
+	/* For the watcher. */
+	atomic_int thread;		     /* the mover's id */
+	atomic_bool moving;		     /* it is in mremap() */
+	atomic_uintptr_t moved_from, moved_to; /* addresses of its last one */
 };
 
 /* -errno when the kernel has no UFFDIO_MOVE, remap events or write-protect faults on tmpfs. Takes
- * over `uffd`. */
-int sp_pager_init(struct sp_pager *pager, int uffd);
+ * over `uffds`, which have `features`. */
+int sp_pager_init(struct sp_pager *pager, struct sp_uffds uffds, uint32_t features);
 void sp_pager_destroy(struct sp_pager *pager);
+
+/* From now on the calling thread is the pager's. */
+void sp_pager_claim(struct sp_pager *pager);
+
+/* Prepare n pages of an arena and their shadow. *tracked: writes to them are followed. -errno. */
+int sp_pager_adopt(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_t n, bool *tracked);
+
+/* Leave missing faults on n private pages to the kernel again, as at the end of a take. */
+void sp_pager_end_missing(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Follow the writes to n private pages; they count as written now. */
+void sp_pager_follow(struct sp_pager *pager, uint8_t *address, size_t n);
 
 /* Move n <= SP_TAKE_PAGES pages from `address` to the staging area. Sets outcomes[i] to
  * WIRE_PINNED, WIRE_BUSY or WIRE_UNSUPPORTED for a page that stays, WIRE_ABSENT for a hole and
@@ -66,10 +95,19 @@ void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int st
  * outcome a page. */
 void sp_pager_drop_zero(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes);
 
-/* Put fresh private pages with the bytes of n slots from `slot` on in place of the shared pages at
- * `address`, and wake who waits for them. -ENOMEM when no mapping (or no memory) is left, another
- * -errno when the store can't be read: nothing was changed, and nobody was woken. */
-int sp_pager_restore(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot);
+/* Put private pages with the bytes of n <= SP_TAKE_PAGES slots from `slot` on in place of the
+ * shared pages at `address`, by way of its shadow, and wake who waits for them. -ENOMEM when no
+ * mapping (or no memory) is left, another -errno when the store can't be read: nothing was changed,
+ * and nobody was woken. */
+int sp_pager_restore(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n, int store,
+		     uint64_t slot);
+
+/* Put absent private pages in place of n shared pages. -ENOMEM: nothing was changed. */
+int sp_pager_discard(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n);
+
+/* Map shared pages that the kernel has taken out of the page table, and wake who waits for the
+ * first. Does not wait, and may be called from any thread. */
+void sp_pager_map_again(struct sp_pager *pager, uint8_t *address, size_t n);
 
 /* Have the kernel copy one shared page where it is. The way out when restore fails: the page is
  * private afterwards, but can never be moved again. -errno: it still maps the slot, protected. */
@@ -81,5 +119,13 @@ int sp_pager_fill(struct sp_pager *pager, uint8_t *address, const uint8_t *bytes
 
 /* Wake threads that wait for n pages at `address`; they look again. */
 void sp_pager_wake(struct sp_pager *pager, const uint8_t *address, size_t n);
+
+/* Between the pager's own files. */
+
+/* mremap() in a way that the watcher knows as the pager's own. 0 or -errno. */
+int sp_pager_remap(struct sp_pager *pager, uint8_t *from, size_t n, int flags, uint8_t *to);
+
+/* Pause for an instant, before trying again. */
+void sp_pager_back_off(void);
 
 #endif

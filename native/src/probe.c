@@ -9,14 +9,17 @@
 #include "samepage.h"
 
 static const struct {
-	uint64_t kernel;
+	uint64_t memory, store; /* what is enabled on which descriptor */
 	uint32_t feature;
 	const char *name;
 } uffd_features[] = {
-	{UFFD_FEATURE_MOVE, SP_FEATURE_MOVE, "move"},
-	{UFFD_FEATURE_WP_HUGETLBFS_SHMEM, SP_FEATURE_WP_TMPFS, "wp_tmpfs"},
-	{UFFD_FEATURE_EVENT_REMAP, SP_FEATURE_REMAP, "remap"},
-	{UFFD_FEATURE_POISON, SP_FEATURE_POISON, "poison"},
+	{UFFD_FEATURE_MOVE, 0, SP_FEATURE_MOVE, "move"},
+	{0, UFFD_FEATURE_WP_HUGETLBFS_SHMEM, SP_FEATURE_WP_TMPFS, "wp_tmpfs"},
+	{0, UFFD_FEATURE_EVENT_REMAP, SP_FEATURE_REMAP, "remap"},
+	{UFFD_FEATURE_POISON, 0, SP_FEATURE_POISON, "poison"},
+	{UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED, 0, SP_FEATURE_TRACKING, "tracking"},
+	{0, UFFD_FEATURE_MINOR_SHMEM | UFFD_FEATURE_EVENT_REMOVE | UFFD_FEATURE_THREAD_ID,
+	 SP_FEATURE_DISCARD, "discard"},
 };
 
 #define UFFD_FEATURES (sizeof(uffd_features) / sizeof(*uffd_features))
@@ -86,10 +89,22 @@ static bool has_pagemap_scan(void)
 	return result >= 0;
 }
 
-int sp_probe_open(int device, uint32_t *features)
+static int open_enabled(int device, uint64_t wanted)
 {
-	uint64_t available, wanted = UFFD_FEATURE_PAGEFAULT_FLAG_WP;
-	int error, uffd;
+	int uffd = open_uffd(device);
+	int error = uffd < 0 ? uffd : uffd_api(uffd, &wanted);
+
+	if (!error)
+		return uffd;
+	if (uffd >= 0)
+		close(uffd);
+	return error;
+}
+
+int sp_probe_open(int device, uint32_t *features, struct sp_uffds *uffds)
+{
+	uint64_t available, memory = UFFD_FEATURE_PAGEFAULT_FLAG_WP, store = memory;
+	int error;
 
 	*features = has_pagemap_scan() ? SP_FEATURE_PAGEMAP_SCAN : 0;
 	error = ask_features(device, &available);
@@ -97,18 +112,30 @@ int sp_probe_open(int device, uint32_t *features)
 		return error;
 	*features |= SP_FEATURE_USERFAULTFD;
 	for (size_t i = 0; i < UFFD_FEATURES; i++) {
-		if (!(available & uffd_features[i].kernel) || is_disabled(uffd_features[i].name))
+		uint64_t needed = uffd_features[i].memory | uffd_features[i].store;
+
+		if ((available & needed) != needed || is_disabled(uffd_features[i].name))
 			continue;
-		wanted |= uffd_features[i].kernel;
+		/* writes that nobody can ask for are not worth their faults */
+		if (uffd_features[i].feature == SP_FEATURE_TRACKING &&
+		    !(*features & SP_FEATURE_PAGEMAP_SCAN))
+			continue;
+		memory |= uffd_features[i].memory;
+		store |= uffd_features[i].store;
 		*features |= uffd_features[i].feature;
 	}
-	uffd = open_uffd(device);
-	if (uffd < 0)
-		return uffd;
-	error = uffd_api(uffd, &wanted);
-	if (error) {
-		close(uffd);
-		return error;
-	}
-	return uffd;
+	uffds->memory = open_enabled(device, memory);
+	if (uffds->memory < 0)
+		return uffds->memory;
+	uffds->store = open_enabled(device, store);
+	if (uffds->store >= 0)
+		return 0;
+	close(uffds->memory);
+	return uffds->store;
+}
+
+void sp_uffds_close(struct sp_uffds *uffds)
+{
+	close(uffds->memory);
+	close(uffds->store);
 }

@@ -5,13 +5,16 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "changes.h"
 #include "kernel.h"
+#include "maps.h"
 #include "pagemap.h"
 #include "thread.h"
 
 #define RECONNECT_FIRST_MS 50
 #define RECONNECT_MAX_MS 1000
 #define SEND_PATIENCE_MS 1000
+#define READ_PAGES 256 /* read after one look at their mapping: some 100 us */
 #define SCANNER_AWAY "the scanner is away; the arena's memory is safe, try again later"
 
 static const uint8_t zero_page[SP_PAGE_SIZE];
@@ -51,69 +54,141 @@ static int announce(struct sp_reader *reader, struct sp_arena *arena)
 			    parts, 3);
 }
 
-/* Pages [i, end) have bytes: fingerprint them, and say which are private, shared and zero. */
+/* Where an answer's fingerprints and page states go. */
+struct answer {
+	uint8_t *fingerprints;
+	uint8_t *states;
+};
+
+/* Pages from `page` on, places [i, end) of the answer, have bytes: fingerprint them, and say which
+ * are private, shared and zero. */
 static void fingerprint_stretch(struct sp_reader *reader, const struct sp_arena *arena,
-				const uint8_t *data, size_t i, size_t end, uint8_t *states)
+				uint64_t page, size_t i, size_t end, struct answer answer)
 {
-	uint8_t *fingerprints = reader->link.window;
+	uint8_t *fingerprints = answer.fingerprints;
 	uint8_t zero[SP_FINGERPRINT_SIZE];
 
 	sp_fingerprint(zero_page, 1, arena->seed, zero);
-	sp_fingerprint(data + i * SP_PAGE_SIZE, end - i, arena->seed,
+	sp_fingerprint(arena->data + page * SP_PAGE_SIZE, end - i, arena->seed,
 		       fingerprints + i * SP_FINGERPRINT_SIZE);
 	for (; i < end; i++) {
 		if (sp_pagemap_is_shared(reader->page_states[i]))
-			states[i] = WIRE_PAGE_SHARED;
+			answer.states[i] = WIRE_PAGE_SHARED;
 		else if (!memcmp(fingerprints + i * SP_FINGERPRINT_SIZE, zero, sizeof(zero)))
-			states[i] = WIRE_PAGE_ZERO;
+			answer.states[i] = WIRE_PAGE_ZERO;
 		else
-			states[i] = WIRE_PAGE_PRIVATE;
+			answer.states[i] = WIRE_PAGE_PRIVATE;
 	}
 }
 
-static int fingerprint(struct sp_reader *reader, const struct sp_arena *arena, uint64_t page,
-		       size_t n)
+/* Fingerprint what may be read of pages [i, end) that have bytes; returns up to where, or i. The
+ * application may protect or unmap parts of its arena: a fault of this thread would end it. */
+static size_t fingerprint_readable(struct sp_reader *reader, const struct sp_arena *arena,
+				   uint64_t page, size_t i, size_t end, struct answer answer)
 {
-	const uint8_t *data = arena->data + page * SP_PAGE_SIZE;
-	uint8_t *window = reader->link.window;
-	uint8_t *states = window + n * SP_FINGERPRINT_SIZE;
-	size_t end;
-	int error = sp_pagemap_read(reader->pagemap, data, n, reader->page_states);
+	size_t n = end - i < READ_PAGES ? end - i : READ_PAGES;
+
+	n = sp_maps_readable(reader->maps, arena->data + page * SP_PAGE_SIZE, n);
+	if (n > 0)
+		fingerprint_stretch(reader, arena, page, i, i + n, answer);
+	return i + n;
+}
+
+/* Look at n pages from `page` on, and put what they are from place `first` of the answer on. */
+static int fingerprint(struct sp_reader *reader, const struct sp_arena *arena, uint64_t page,
+		       size_t n, size_t first, struct answer answer)
+{
+	size_t end = first + n;
+	int error = sp_pagemap_read(reader->pagemap, arena->data + page * SP_PAGE_SIZE, n,
+				    reader->page_states + first);
 
 	if (error)
 		return error;
-	for (size_t i = 0; i < n; i = end) {
-		bool there = sp_pagemap_is_there(reader->page_states[i]);
+	for (size_t i = first; i < end;) {
+		size_t there = i, next;
 
-		for (end = i + 1; end < n && sp_pagemap_is_there(reader->page_states[end]) == there;)
-			end++;
-		if (there) {
-			fingerprint_stretch(reader, arena, data, i, end, states);
-		} else {
-			memset(window + i * SP_FINGERPRINT_SIZE, 0, (end - i) * SP_FINGERPRINT_SIZE);
-			memset(states + i, WIRE_PAGE_ABSENT, end - i);
+		while (there < end && sp_pagemap_is_there(reader->page_states[there]))
+			there++;
+		next = i < there ? fingerprint_readable(reader, arena, page + (i - first), i, there,
+							answer)
+				 : i;
+		if (next == i) {
+			memset(answer.fingerprints + i * SP_FINGERPRINT_SIZE, 0, SP_FINGERPRINT_SIZE);
+			answer.states[next++] = WIRE_PAGE_ABSENT;
 		}
+		i = next;
 	}
 	return 0;
 }
 
+/* The pages that ranges hold together. 0: they are not ascending and disjoint, or not in the arena,
+ * or more than an answer holds. */
+static uint64_t count_pages(const struct sp_arena *arena, const struct wire_range *ranges, size_t n)
+{
+	uint64_t pages = 0, end = 0;
+
+	for (size_t i = 0; i < n; i++) {
+		if (ranges[i].count == 0 || ranges[i].page < end || ranges[i].page >= arena->pages ||
+		    ranges[i].count > arena->pages - ranges[i].page ||
+		    ranges[i].count > WIRE_FINGERPRINT_PAGES_MAX - pages)
+			return 0;
+		end = ranges[i].page + ranges[i].count;
+		pages += ranges[i].count;
+	}
+	return pages;
+}
+
+static int send_done(struct sp_reader *reader, const struct sp_message *order, int error)
+{
+	struct wire_done done = {.error = error};
+	struct iovec part = {.iov_base = &done, .iov_len = sizeof(done)};
+
+	return send_message(reader, WIRE_DONE, order->header->seq, order->header->arena, &part, 1);
+}
+
 static int order_fingerprint(struct sp_reader *reader, const struct sp_message *order)
+{
+	const struct wire_range *ranges = (const struct wire_range *)order->payload;
+	struct sp_arena *arena = find(reader, order->header->arena);
+	size_t n = order->length / sizeof(*ranges), first = 0;
+	struct answer answer = {.fingerprints = reader->link.window};
+	uint64_t pages;
+	int error = 0;
+
+	if (n == 0 || order->length % sizeof(*ranges) || (n > 1 && reader->link.version < 2))
+		return -EPROTO;
+	if (!arena || !arena->seeded)
+		return send_done(reader, order, ENOENT);
+	pages = count_pages(arena, ranges, n);
+	if (pages == 0)
+		return -EPROTO;
+	answer.states = reader->link.window + pages * SP_FINGERPRINT_SIZE;
+	for (size_t i = 0; i < n && !error; i++) {
+		error = fingerprint(reader, arena, ranges[i].page, ranges[i].count, first, answer);
+		first += ranges[i].count;
+	}
+	return send_done(reader, order, -error);
+}
+
+static int order_changed(struct sp_reader *reader, const struct sp_message *order)
 {
 	const struct wire_range *range = (const struct wire_range *)order->payload;
 	struct sp_arena *arena = find(reader, order->header->arena);
-	struct wire_done done = {0};
-	struct iovec part = {.iov_base = &done, .iov_len = sizeof(done)};
+	struct wire_changed *changed = (struct wire_changed *)reader->link.window;
+	size_t most = (SP_SCANNER_WINDOW - sizeof(*changed)) / sizeof(struct wire_range);
+	int error;
 
-	if (order->length != sizeof(*range) || range->count == 0 ||
-	    range->count > WIRE_FINGERPRINT_PAGES_MAX)
+	if (order->length != sizeof(*range) || reader->link.version < 2)
 		return -EPROTO;
-	if (!arena || !arena->seeded)
-		done.error = ENOENT;
-	else if (range->page >= arena->pages || range->count > arena->pages - range->page)
+	if (!arena)
+		return send_done(reader, order, ENOENT);
+	if (range->count == 0 || range->page >= arena->pages ||
+	    range->count > arena->pages - range->page)
 		return -EPROTO;
-	else
-		done.error = -fingerprint(reader, arena, range->page, range->count);
-	return send_message(reader, WIRE_DONE, order->header->seq, order->header->arena, &part, 1);
+	if (!arena->tracked)
+		return send_done(reader, order, ENOTSUP);
+	error = sp_changes_take(reader->pagemap, arena->data, *range, &reader->regions, changed, most);
+	return send_done(reader, order, -error);
 }
 
 static int receive_opened(struct sp_reader *reader, const struct sp_message *message)
@@ -177,6 +252,8 @@ static int receive(struct sp_node *node, struct sp_message *message)
 		return receive_shared(reader, message);
 	case WIRE_FINGERPRINT:
 		return reader->link.welcomed ? order_fingerprint(reader, message) : -EPROTO;
+	case WIRE_CHANGED:
+		return reader->link.welcomed ? order_changed(reader, message) : -EPROTO;
 	default:
 		return -EPROTO;
 	}
@@ -293,6 +370,11 @@ int sp_reader_start(struct sp_node *node)
 	node->reader.pagemap = sp_pagemap_open();
 	if (node->reader.pagemap < 0)
 		return node->reader.pagemap;
+	node->reader.maps = sp_maps_open();
+	if (node->reader.maps < 0) {
+		close(node->reader.pagemap);
+		return node->reader.maps;
+	}
 	return sp_thread_start(&node->reader.thread, "samepage-read", run, node);
 }
 
@@ -303,4 +385,5 @@ void sp_reader_stop(struct sp_node *node)
 	sp_mailbox_call(&node->reader.mailbox, &request, -1);
 	pthread_join(node->reader.thread, NULL);
 	close(node->reader.pagemap);
+	close(node->reader.maps);
 }

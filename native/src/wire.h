@@ -20,6 +20,7 @@
 #define WIRE_READ_PAGES_MAX 256
 #define WIRE_REPLACE_PAGES_MAX 4096
 #define WIRE_ZERO_SLOT 0
+#define WIRE_STALL_BUCKETS 16 /* the first is for less than 8 us, each next for twice as long */
 
 enum wire_type {
 	WIRE_HELLO = 1,
@@ -96,6 +97,11 @@ struct wire_arena_opened {
 struct wire_range {
 	uint64_t page;
 	uint64_t count;
+};
+
+struct wire_changed { /* in the window; ranges follow */
+	uint64_t told;
+	uint64_t ranges;
 };
 
 struct wire_run {

@@ -10,6 +10,9 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "faults.h"
+#include "mailbox.h"
+#include "memory.h"
 #include "pager.h"
 #include "probe.h"
 #include "samepage.h"
@@ -29,17 +32,44 @@ static inline void skip(const char *reason)
 	exit(77);
 }
 
-/* A userfaultfd with all that the pager needs, or the test is skipped. */
-static inline int open_uffd_or_skip(void)
+/* A pager and its watcher, or the test is skipped. This thread is the mover from now on. */
+static inline void start_pager(struct sp_pager *pager, struct sp_faults *faults,
+			       struct sp_mailbox *mailbox)
 {
+	struct sp_uffds uffds;
 	uint32_t features;
-	int uffd = sp_probe_open(-1, &features);
 
-	if (uffd < 0)
+	if (sp_probe_open(-1, &features, &uffds))
 		skip("this kernel, or this user, has no userfaultfd");
 	if ((features & SP_FEATURES_NEEDED) != SP_FEATURES_NEEDED)
 		skip("this kernel lacks UFFDIO_MOVE or write-protect faults on tmpfs");
-	return uffd;
+	CHECK(sp_mailbox_init(mailbox) == 0);
+	CHECK(sp_pager_init(pager, uffds, features) == 0);
+	CHECK(sp_faults_start(faults, pager, mailbox) == 0);
+}
+
+static inline void stop_pager(struct sp_pager *pager, struct sp_faults *faults,
+			      struct sp_mailbox *mailbox)
+{
+	sp_faults_stop(faults);
+	sp_pager_destroy(pager);
+	sp_mailbox_destroy(mailbox);
+}
+
+/* An arena's memory, as the pager knows it. */
+static inline uint8_t *map_arena(struct sp_pager *pager, size_t n, uint8_t **shadow)
+{
+	uint8_t *data = sp_memory_map(n, shadow);
+	bool tracked;
+
+	CHECK(data && sp_pager_adopt(pager, data, *shadow, n, &tracked) == 0);
+	return data;
+}
+
+static inline void unmap_arena(uint8_t *data, uint8_t *shadow, size_t n)
+{
+	sp_memory_unmap(data, n);
+	sp_memory_unmap(shadow, n);
 }
 
 static inline uint8_t *map_pages(size_t n)

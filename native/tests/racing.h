@@ -9,31 +9,26 @@
 #include <time.h>
 
 #include "check.h"
-#include "faults.h"
-#include "mailbox.h"
 
 struct racing {
 	struct sp_mailbox mailbox;
 	struct sp_faults faults;
 	struct sp_pager pager;
-	uint8_t *data;
+	uint8_t *data, *shadow;
 	int store;
 	uint64_t *slot_of; /* of each page, 0: private */
 };
 
-/* Takes over `uffd`. */
-static inline void racing_start(struct racing *racing, int uffd)
+/* Starts the pager, and makes an arena of n pages. */
+static inline void racing_start(struct racing *racing, size_t n)
 {
-	CHECK(sp_mailbox_init(&racing->mailbox) == 0);
-	CHECK(sp_faults_start(&racing->faults, uffd, &racing->mailbox) == 0);
-	CHECK(sp_pager_init(&racing->pager, uffd) == 0);
+	start_pager(&racing->pager, &racing->faults, &racing->mailbox);
+	racing->data = map_arena(&racing->pager, n, &racing->shadow);
 }
 
 static inline void racing_stop(struct racing *racing)
 {
-	sp_faults_stop(&racing->faults);
-	sp_pager_destroy(&racing->pager);
-	sp_mailbox_destroy(&racing->mailbox);
+	stop_pager(&racing->pager, &racing->faults, &racing->mailbox);
 }
 
 static inline void racing_serve(struct racing *racing)
@@ -44,11 +39,16 @@ static inline void racing_serve(struct racing *racing)
 	while (sp_faults_next(&racing->faults, &fault, &overflow)) {
 		size_t page = (fault.address - (uintptr_t)racing->data) / SP_PAGE_SIZE;
 		uint8_t *address = racing->data + page * SP_PAGE_SIZE;
-		uint64_t slot = racing->slot_of[page];
+		uint64_t slot;
 
 		CHECK(!overflow);
-		if (slot && !fault.missing) {
-			CHECK(sp_pager_restore(&racing->pager, address, 1, racing->store, slot) == 0);
+		if (fault.kind == SP_FAULT_MOVED)
+			continue; /* this thread's own */
+		slot = racing->slot_of[page];
+		if (slot && fault.kind == SP_FAULT_WRITE) {
+			CHECK(sp_pager_restore(&racing->pager, address,
+					       racing->shadow + page * SP_PAGE_SIZE, 1,
+					       racing->store, slot) == 0);
 			racing->slot_of[page] = 0;
 		} else {
 			sp_pager_wake(&racing->pager, address, 1);

@@ -82,15 +82,13 @@ int main(void)
 	size_t merged = 0, after = 0;
 	uint8_t *images = map_pages(2 * PAGES);
 	pthread_t reader;
-	int uffd = open_uffd_or_skip();
 
 	fill_image(images, 0);
 	fill_image(images + BYTES, 1);
 	file = make_file(images);
 	racing.store = make_store(2 * PAGES + 1);
 	CHECK(pwrite(racing.store, images, 2 * BYTES, SP_PAGE_SIZE) == 2 * BYTES);
-	racing.data = map_pages(PAGES);
-	racing_start(&racing, uffd);
+	racing_start(&racing, PAGES);
 	srandom(5);
 	CHECK(pthread_create(&reader, NULL, read_on, images) == 0);
 	while ((reads < READS || !pinned || !merged) && reads < MOST_READS) {

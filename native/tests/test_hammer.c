@@ -88,12 +88,10 @@ int main(void)
 	pthread_t threads[THREADS];
 	size_t swaps = 0, rounds = 0;
 	uint64_t slot = 1;
-	int uffd = open_uffd_or_skip();
 
-	racing.data = map_pages(PAGES);
+	racing_start(&racing, PAGES);
 	memset(racing.data, 0, PAGES * SP_PAGE_SIZE);
 	racing.store = make_store(SLOTS);
-	racing_start(&racing, uffd);
 	srandom(3);
 	for (uint32_t i = 0; i < THREADS; i++) {
 		counts[i].number = i;

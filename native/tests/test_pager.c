@@ -5,9 +5,7 @@
  * fault on a protected page here.
  */
 #include "check.h"
-#include "faults.h"
 #include "kernel.h"
-#include "mailbox.h"
 #include "pagemap.h"
 
 #define N 16
@@ -31,7 +29,7 @@ static uint8_t *at(uint8_t *data, size_t page)
 
 static void replace_and_restore(void)
 {
-	uint8_t *data = map_pages(N), expected[SP_PAGE_SIZE], outcomes[N];
+	uint8_t *shadow, *data = map_arena(&pager, N, &shadow), expected[SP_PAGE_SIZE], outcomes[N];
 	int store = make_store(N + 1);
 
 	for (size_t i = 0; i < N; i++)
@@ -52,7 +50,7 @@ static void replace_and_restore(void)
 	memset(expected, 'a', SP_PAGE_SIZE);
 	CHECK(memcmp(data, expected, SP_PAGE_SIZE) == 0);
 
-	CHECK(sp_pager_restore(&pager, at(data, 2), 2, store, 3) == 0);
+	CHECK(sp_pager_restore(&pager, at(data, 2), at(shadow, 2), 2, store, 3) == 0);
 	CHECK(!sp_pagemap_is_shared(entry(at(data, 2))) && !sp_pagemap_is_shared(entry(at(data, 3))));
 	CHECK(sp_pagemap_is_shared(entry(at(data, 4))));
 	memset(at(data, 2), '!', SP_PAGE_SIZE); /* traps on nothing any more */
@@ -71,13 +69,13 @@ static void replace_and_restore(void)
 	CHECK(data[0] == 'Z' && data[1] == 'a');
 	sp_pager_replace(&pager, data, 1, store, 1, outcomes);
 	CHECK(outcomes[0] == WIRE_UNSUPPORTED && data[0] == 'Z');
-	munmap(data, N * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, N);
 	close(store);
 }
 
 static void zero_pages(void)
 {
-	uint8_t *data = map_pages(3), outcomes[3];
+	uint8_t *shadow, *data = map_arena(&pager, 3, &shadow), outcomes[3];
 
 	memset(data, 0, 3 * SP_PAGE_SIZE);
 	at(data, 1)[4095] = 1;
@@ -88,12 +86,12 @@ static void zero_pages(void)
 	CHECK(at(data, 1)[4095] == 1 && data[0] == 0 && at(data, 2)[9] == 0);
 	data[0] = 7;
 	CHECK(data[0] == 7);
-	munmap(data, 3 * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, 3);
 }
 
 static void protected_pages(void)
 {
-	uint8_t *data = map_pages(4), outcomes[4];
+	uint8_t *shadow, *data = map_arena(&pager, 4, &shadow), outcomes[4];
 	int store = make_store(5);
 
 	memset(data, 'p', 4 * SP_PAGE_SIZE);
@@ -104,13 +102,13 @@ static void protected_pages(void)
 	CHECK(outcomes[0] == WIRE_MERGED && outcomes[1] == WIRE_UNSUPPORTED);
 	CHECK(outcomes[2] == WIRE_MERGED && outcomes[3] == WIRE_MERGED);
 	CHECK(at(data, 1)[0] == 'p' && at(data, 1)[4095] == 'p');
-	munmap(data, 4 * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, 4);
 	close(store);
 }
 
 static void fill(void)
 {
-	uint8_t *data = map_pages(4), *bytes = map_pages(4), outcomes[4];
+	uint8_t *shadow, *data = map_arena(&pager, 4, &shadow), *bytes = map_pages(4), outcomes[4];
 
 	memset(data, 'o', 4 * SP_PAGE_SIZE);
 	memset(bytes, 'n', 4 * SP_PAGE_SIZE);
@@ -121,25 +119,20 @@ static void fill(void)
 	CHECK(sp_pager_fill(&pager, data, bytes, 4) == 0);
 	CHECK(data[0] == 'n' && at(data, 1)[5] == 'n' && at(data, 3)[4095] == 'n');
 	CHECK(at(data, 2)[0] == 'o'); /* what is there keeps its bytes */
-	CHECK(uffd_unregister(pager.uffd, data, 4 * SP_PAGE_SIZE) == 0);
+	sp_pager_end_missing(&pager, data, 4);
 	CHECK(madvise(pager.staging, 4 * SP_PAGE_SIZE, MADV_DONTNEED) == 0);
-	munmap(data, 4 * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, 4);
 	munmap(bytes, 4 * SP_PAGE_SIZE);
 }
 
 int main(void)
 {
-	int uffd = open_uffd_or_skip();
 
-	CHECK(sp_mailbox_init(&mailbox) == 0);
-	CHECK(sp_faults_start(&faults, uffd, &mailbox) == 0);
-	CHECK(sp_pager_init(&pager, uffd) == 0);
+	start_pager(&pager, &faults, &mailbox);
 	replace_and_restore();
 	zero_pages();
 	protected_pages();
 	fill();
-	sp_faults_stop(&faults);
-	sp_pager_destroy(&pager);
-	sp_mailbox_destroy(&mailbox);
+	stop_pager(&pager, &faults, &mailbox);
 	return 0;
 }

@@ -9,14 +9,13 @@
 #include <sys/wait.h>
 
 #include "check.h"
-#include "faults.h"
-#include "mailbox.h"
 
 #define N 8
 
 static struct sp_mailbox mailbox;
 static struct sp_faults faults;
 static struct sp_pager pager;
+static uint8_t *shadow;
 
 static void expect(uint8_t *data, int store, uint8_t third)
 {
@@ -30,7 +29,7 @@ static void expect(uint8_t *data, int store, uint8_t third)
 
 static uint8_t *make_pages(int store)
 {
-	uint8_t *data = map_pages(N);
+	uint8_t *data = map_arena(&pager, N, &shadow);
 
 	memset(data, 'q', N * SP_PAGE_SIZE);
 	for (uint64_t slot = 1; slot <= N; slot++)
@@ -40,8 +39,9 @@ static uint8_t *make_pages(int store)
 
 static void restore(uint8_t *data, int store)
 {
-	CHECK(sp_pager_restore(&pager, data, 3, store, 1) == 0);
-	CHECK(sp_pager_restore(&pager, data + 4 * SP_PAGE_SIZE, N - 4, store, 5) == 0);
+	CHECK(sp_pager_restore(&pager, data, shadow, 3, store, 1) == 0);
+	CHECK(sp_pager_restore(&pager, data + 4 * SP_PAGE_SIZE, shadow + 4 * SP_PAGE_SIZE, N - 4,
+			       store, 5) == 0);
 }
 
 static void registered_buffer(int store)
@@ -59,7 +59,7 @@ static void registered_buffer(int store)
 	CHECK(syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, NULL, 0) == 0);
 	close(ring);
 	expect(data, store, WIRE_MERGED);
-	munmap(data, N * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, N);
 }
 
 static void shared_with_child(int store)
@@ -85,20 +85,16 @@ static void shared_with_child(int store)
 	data[3 * SP_PAGE_SIZE] = 'q'; /* writing makes it this process's alone again */
 	expect(data, store, WIRE_MERGED);
 	close(pipes[0]);
-	munmap(data, N * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, N);
 }
 
 int main(void)
 {
-	int uffd = open_uffd_or_skip();
 	int store = make_store(N + 1);
 
-	CHECK(sp_mailbox_init(&mailbox) == 0);
-	CHECK(sp_faults_start(&faults, uffd, &mailbox) == 0);
-	CHECK(sp_pager_init(&pager, uffd) == 0);
+	start_pager(&pager, &faults, &mailbox);
 	registered_buffer(store);
 	shared_with_child(store);
-	sp_faults_stop(&faults);
-	sp_pager_destroy(&pager);
+	stop_pager(&pager, &faults, &mailbox);
 	return 0;
 }

@@ -237,6 +237,31 @@ class Arena:
         finally:
             del memory
 
+    def discard(self, offset: int, size: int) -> None:
+        """Give the memory of whole pages back to the system: they read as zeros from now on.
+
+        Args:
+            offset: bytes from the arena's start.
+            size: bytes; both are whole pages of 4096.
+
+        Raises:
+            InvalidArgumentError: no whole pages, or not inside the arena.
+            OutOfMemoryError: no mapping is left to do it with.
+            ClosedError, ForkedError: as they say.
+        """
+        for number in (offset, size):
+            if number < 0:
+                raise InvalidArgumentError(f"{number} is no number of bytes")
+        memory = self._open()
+        if offset > self._size or size > self._size - offset:
+            raise InvalidArgumentError(
+                f"{size} bytes at offset {offset} are not inside the arena's {self._size}"
+            )
+        try:
+            native.discard(self._pointer, offset, size)
+        finally:
+            del memory
+
     def unshare(self) -> None:
         """Make every page private again; later passes may merge them once more.
 

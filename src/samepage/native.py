@@ -36,6 +36,8 @@ class Feature(enum.IntFlag):
     REMAP = 1 << 3
     POISON = 1 << 4
     PAGEMAP_SCAN = 1 << 5
+    TRACKING = 1 << 6
+    DISCARD = 1 << 7
 
 
 NodePointer = ctypes.c_void_p
@@ -137,6 +139,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_arena_size", ctypes.c_size_t, [pointer]),
         ("sp_arena_share", number, [pointer, number, ctypes.POINTER(_ShareReport)]),
         ("sp_arena_stats", number, [pointer, ctypes.POINTER(_ArenaStats)]),
+        ("sp_arena_discard", number, [pointer, ctypes.c_size_t, ctypes.c_size_t]),
         ("sp_arena_unshare", number, [pointer]),
         ("sp_arena_close", number, [pointer]),
         ("sp_arena_free", None, [pointer]),
@@ -256,6 +259,17 @@ def stats(arena: ArenaPointer) -> ArenaStats:
     counts = _ArenaStats()
     _check(_library().sp_arena_stats(arena, ctypes.byref(counts)))
     return ArenaStats(*(getattr(counts, name) for name in ArenaStats.__slots__))
+
+
+def discard(arena: ArenaPointer, offset: int, size: int) -> None:
+    """Give the memory of whole pages back; they read as zeros. Both numbers in bytes.
+
+    Raises:
+        InvalidArgumentError: no whole pages, or not inside the arena.
+        OutOfMemoryError: no mapping is left to do it with.
+        ClosedError, ForkedError: as they say.
+    """
+    _check(_library().sp_arena_discard(arena, offset, size))
 
 
 def unshare(arena: ArenaPointer) -> None:

@@ -48,11 +48,14 @@ class Agents:
         self._sessions: dict[Peer, Session] = {}
         self._by_agent: dict[bytes, Session] = {}
         self._announcements: dict[Arena, _Announcement] = {}
+        # Faults served by all agents so far, by how long a thread waited (docs/protocol.md).
+        self.stalls = [0] * wire.STALL_BUCKETS
         self._messages = {
             wire.Type.ARENA_OPEN: self._open,
             wire.Type.ARENA_CLOSE: self._close,
             wire.Type.EXTENTS: self._extents,
             wire.Type.RESTORED: self._restored,
+            wire.Type.STALLS: self._stalled,
             wire.Type.ACCOUNT: self._account,
         }
 
@@ -240,6 +243,10 @@ class Agents:
         if arena.holds:
             session.closing.add(arena)
         log.debug("arena closed", domain=arena.domain.name, name=arena.name)
+
+    def _stalled(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        seen = wire.unpack(wire.STALLS, message)
+        self.stalls = [sum(pair) for pair in zip(self.stalls, seen, strict=True)]
 
     def _restored(
         self, session: Session, message: wire.Message, descriptors: Sequence[int]

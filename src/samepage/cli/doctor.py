@@ -62,6 +62,18 @@ _FEATURES = {
         "each pass fingerprints all pages, not just those written since the last one: all works, "
         "with more CPU time",
     ),
+    native.Feature.TRACKING: (
+        "6.7",
+        False,
+        "writes are not followed: each pass fingerprints all pages, not just those written since "
+        "the last one; all works, with more CPU time",
+    ),
+    native.Feature.DISCARD: (
+        "5.14",
+        False,
+        "shared pages that an application discards with madvise() show their old bytes, not "
+        "zeros; Arena.discard() works",
+    ),
 }
 
 
