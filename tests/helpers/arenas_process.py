@@ -118,6 +118,10 @@ class Client:
         request = pb.ShareArenaRequest(arena=arena, **options)
         return (await self.stub.ShareArena(request)).outcome
 
+    async def discard(self, arena: str, offset: int, length: int = 0) -> None:
+        request = pb.DiscardArenaRequest(arena=arena, offset=offset, length=length)
+        await self.stub.DiscardArena(request)
+
     async def delete(self, arena: str, domain: str = "") -> None:
         await self.stub.DeleteArena(pb.DeleteArenaRequest(domain=domain, arena=arena))
 

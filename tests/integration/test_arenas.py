@@ -308,12 +308,51 @@ async def test_a_bad_timeout(client: Client, timeout: float) -> None:
         await client.share("a", timeout_seconds=timeout)
 
 
+async def test_discarded_pages_take_no_memory_and_read_as_zero(client: Client) -> None:
+    data = content(7, 8)
+    for name in ("a", "b"):
+        await client.create(name, len(data))
+        await client.write(name, data)
+    await client.share("a")
+    await client.discard("a", 2 * PAGE, 3 * PAGE)
+    stats = await client.stat("a")
+    assert (stats.shared_pages, stats.absent_pages) == (5, 3)
+    assert await client.read("a") == data[: 2 * PAGE] + bytes(3 * PAGE) + data[5 * PAGE :]
+    await client.write("a", b"again", 3 * PAGE)
+    await client.discard("a", 4 * PAGE)
+    assert await client.read("a") == data[: 2 * PAGE] + bytes(PAGE) + b"again".ljust(
+        5 * PAGE, b"\0"
+    )
+    assert await client.read("b") == data
+    await client.discard("a", 8 * PAGE)
+
+
+@pytest.mark.parametrize(
+    ("offset", "length", "code"),
+    [
+        (1, PAGE, Code.INVALID_ARGUMENT),
+        (0, PAGE - 1, Code.INVALID_ARGUMENT),
+        (PAGE, 2 * PAGE, Code.OUT_OF_RANGE),
+        (2**64 - PAGE, PAGE, Code.OUT_OF_RANGE),
+    ],
+)
+async def test_a_bad_discard(
+    client: Client, offset: int, length: int, code: grpc.StatusCode
+) -> None:
+    await client.create("a", 2 * PAGE)
+    await client.write("a", content(1, 2))
+    async with refused(code):
+        await client.discard("a", offset, length)
+    assert await client.read("a") == content(1, 2)
+
+
 async def test_no_arena_of_that_name(client: Client) -> None:
     for call in (
         client.read("none"),
         client.share("none"),
         client.stat("none"),
         client.delete("none"),
+        client.discard("none", 0),
         client.write("none", b"x"),
         client.stub.UnshareArena(pb.UnshareArenaRequest(arena="none")),
     ):
@@ -401,7 +440,7 @@ async def test_any_order_of_calls(client: Client, seed: int) -> None:
     for _ in range(60):
         name = rng.choice("abc")
         start, end = sorted(rng.choices(range(len(common) + 1), k=2))
-        match rng.choice(("write", "write", "change", "read", "share", "unshare")):
+        match rng.choice(("write", "write", "change", "read", "share", "unshare", "discard")):
             case "write":
                 models[name][start:end] = common[start:end]
                 assert await client.write(name, common[start:end], start) == end - start
@@ -414,6 +453,10 @@ async def test_any_order_of_calls(client: Client, seed: int) -> None:
                 shared += (await client.share(name)).shared
             case "unshare":
                 await client.stub.UnshareArena(pb.UnshareArenaRequest(arena=name))
+            case "discard" if end - start > 2 * PAGE:
+                start, end = -(-start // PAGE) * PAGE, end // PAGE * PAGE
+                models[name][start:end] = bytes(end - start)
+                await client.discard(name, start, end - start)
     for name, model in models.items():
         assert await client.read(name) == model
     assert shared > 0

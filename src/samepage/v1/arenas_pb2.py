@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from samepage.v1 import scanner_pb2 as samepage_dot_v1_dot_scanner__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18samepage/v1/arenas.proto\x12\x0bsamepage.v1\x1a\x19samepage/v1/scanner.proto\"A\n\x12\x43reateArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"<\n\x13\x43reateArenaResponse\x12%\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x16.samepage.v1.HeldArena\"8\n\tHeldArena\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"q\n\x11WriteArenaRequest\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x18.samepage.v1.WriteTargetH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.samepage.v1.WriteChunkH\x00\x42\x06\n\x04kind\",\n\x0bWriteTarget\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"*\n\nWriteChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"+\n\x12WriteArenaResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x04\"Q\n\x10ReadArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"1\n\x11ReadArenaResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"d\n\x11ShareArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_timeout_seconds\"@\n\x12ShareArenaResponse\x12*\n\x07outcome\x18\x01 \x01(\x0b\x32\x19.samepage.v1.ShareOutcome\"4\n\x13UnshareArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"\x16\n\x14UnshareArenaResponse\"1\n\x10StatArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"\xb8\x01\n\x11StatArenaResponse\x12%\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x16.samepage.v1.HeldArena\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x15\n\rprivate_pages\x18\x03 \x01(\x04\x12\x14\n\x0cshared_pages\x18\x04 \x01(\x04\x12\x14\n\x0c\x61\x62sent_pages\x18\x05 \x01(\x04\x12\x15\n\revicted_pages\x18\x06 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x07 \x01(\x04\"\'\n\x15ListHeldArenasRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"@\n\x16ListHeldArenasResponse\x12&\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x16.samepage.v1.HeldArena\"3\n\x12\x44\x65leteArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteArenaResponse\"\x18\n\x16GetArenasStatusRequest\"\xb4\x01\n\x17GetArenasStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x61renas\x18\x02 \x01(\r\x12\x12\n\narenas_max\x18\x03 \x01(\r\x12\x12\n\nheld_bytes\x18\x04 \x01(\x04\x12\x18\n\x10hold_limit_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07streams\x18\x06 \x01(\r\x12\x13\n\x0bstreams_max\x18\x07 \x01(\r\x12\x13\n\x0b\x63pu_seconds\x18\x08 \x01(\x01\x32\xf4\x05\n\x06\x41renas\x12P\n\x0b\x43reateArena\x12\x1f.samepage.v1.CreateArenaRequest\x1a .samepage.v1.CreateArenaResponse\x12O\n\nWriteArena\x12\x1e.samepage.v1.WriteArenaRequest\x1a\x1f.samepage.v1.WriteArenaResponse(\x01\x12L\n\tReadArena\x12\x1d.samepage.v1.ReadArenaRequest\x1a\x1e.samepage.v1.ReadArenaResponse0\x01\x12M\n\nShareArena\x12\x1e.samepage.v1.ShareArenaRequest\x1a\x1f.samepage.v1.ShareArenaResponse\x12S\n\x0cUnshareArena\x12 .samepage.v1.UnshareArenaRequest\x1a!.samepage.v1.UnshareArenaResponse\x12J\n\tStatArena\x12\x1d.samepage.v1.StatArenaRequest\x1a\x1e.samepage.v1.StatArenaResponse\x12Y\n\x0eListHeldArenas\x12\".samepage.v1.ListHeldArenasRequest\x1a#.samepage.v1.ListHeldArenasResponse\x12P\n\x0b\x44\x65leteArena\x12\x1f.samepage.v1.DeleteArenaRequest\x1a .samepage.v1.DeleteArenaResponse\x12\\\n\x0fGetArenasStatus\x12#.samepage.v1.GetArenasStatusRequest\x1a$.samepage.v1.GetArenasStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18samepage/v1/arenas.proto\x12\x0bsamepage.v1\x1a\x19samepage/v1/scanner.proto\"A\n\x12\x43reateArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"<\n\x13\x43reateArenaResponse\x12%\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x16.samepage.v1.HeldArena\"8\n\tHeldArena\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0c\n\x04size\x18\x03 \x01(\x04\"q\n\x11WriteArenaRequest\x12*\n\x06target\x18\x01 \x01(\x0b\x32\x18.samepage.v1.WriteTargetH\x00\x12(\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x17.samepage.v1.WriteChunkH\x00\x42\x06\n\x04kind\",\n\x0bWriteTarget\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"*\n\nWriteChunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"+\n\x12WriteArenaResponse\x12\x15\n\rwritten_bytes\x18\x01 \x01(\x04\"Q\n\x10ReadArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"1\n\x11ReadArenaResponse\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"d\n\x11ShareArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x1c\n\x0ftimeout_seconds\x18\x03 \x01(\x01H\x00\x88\x01\x01\x42\x12\n\x10_timeout_seconds\"@\n\x12ShareArenaResponse\x12*\n\x07outcome\x18\x01 \x01(\x0b\x32\x19.samepage.v1.ShareOutcome\"4\n\x13UnshareArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"\x16\n\x14UnshareArenaResponse\"T\n\x13\x44iscardArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x0e\n\x06offset\x18\x03 \x01(\x04\x12\x0e\n\x06length\x18\x04 \x01(\x04\"\x16\n\x14\x44iscardArenaResponse\"1\n\x10StatArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"\xb8\x01\n\x11StatArenaResponse\x12%\n\x05\x61rena\x18\x01 \x01(\x0b\x32\x16.samepage.v1.HeldArena\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x15\n\rprivate_pages\x18\x03 \x01(\x04\x12\x14\n\x0cshared_pages\x18\x04 \x01(\x04\x12\x14\n\x0c\x61\x62sent_pages\x18\x05 \x01(\x04\x12\x15\n\revicted_pages\x18\x06 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x07 \x01(\x04\"\'\n\x15ListHeldArenasRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"@\n\x16ListHeldArenasResponse\x12&\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x16.samepage.v1.HeldArena\"3\n\x12\x44\x65leteArenaRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"\x15\n\x13\x44\x65leteArenaResponse\"\x18\n\x16GetArenasStatusRequest\"\xb4\x01\n\x17GetArenasStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x61renas\x18\x02 \x01(\r\x12\x12\n\narenas_max\x18\x03 \x01(\r\x12\x12\n\nheld_bytes\x18\x04 \x01(\x04\x12\x18\n\x10hold_limit_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07streams\x18\x06 \x01(\r\x12\x13\n\x0bstreams_max\x18\x07 \x01(\r\x12\x13\n\x0b\x63pu_seconds\x18\x08 \x01(\x01\x32\xc9\x06\n\x06\x41renas\x12P\n\x0b\x43reateArena\x12\x1f.samepage.v1.CreateArenaRequest\x1a .samepage.v1.CreateArenaResponse\x12O\n\nWriteArena\x12\x1e.samepage.v1.WriteArenaRequest\x1a\x1f.samepage.v1.WriteArenaResponse(\x01\x12L\n\tReadArena\x12\x1d.samepage.v1.ReadArenaRequest\x1a\x1e.samepage.v1.ReadArenaResponse0\x01\x12M\n\nShareArena\x12\x1e.samepage.v1.ShareArenaRequest\x1a\x1f.samepage.v1.ShareArenaResponse\x12S\n\x0cUnshareArena\x12 .samepage.v1.UnshareArenaRequest\x1a!.samepage.v1.UnshareArenaResponse\x12S\n\x0c\x44iscardArena\x12 .samepage.v1.DiscardArenaRequest\x1a!.samepage.v1.DiscardArenaResponse\x12J\n\tStatArena\x12\x1d.samepage.v1.StatArenaRequest\x1a\x1e.samepage.v1.StatArenaResponse\x12Y\n\x0eListHeldArenas\x12\".samepage.v1.ListHeldArenasRequest\x1a#.samepage.v1.ListHeldArenasResponse\x12P\n\x0b\x44\x65leteArena\x12\x1f.samepage.v1.DeleteArenaRequest\x1a .samepage.v1.DeleteArenaResponse\x12\\\n\x0fGetArenasStatus\x12#.samepage.v1.GetArenasStatusRequest\x1a$.samepage.v1.GetArenasStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -58,22 +58,26 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_UNSHAREARENAREQUEST']._serialized_end=859
   _globals['_UNSHAREARENARESPONSE']._serialized_start=861
   _globals['_UNSHAREARENARESPONSE']._serialized_end=883
-  _globals['_STATARENAREQUEST']._serialized_start=885
-  _globals['_STATARENAREQUEST']._serialized_end=934
-  _globals['_STATARENARESPONSE']._serialized_start=937
-  _globals['_STATARENARESPONSE']._serialized_end=1121
-  _globals['_LISTHELDARENASREQUEST']._serialized_start=1123
-  _globals['_LISTHELDARENASREQUEST']._serialized_end=1162
-  _globals['_LISTHELDARENASRESPONSE']._serialized_start=1164
-  _globals['_LISTHELDARENASRESPONSE']._serialized_end=1228
-  _globals['_DELETEARENAREQUEST']._serialized_start=1230
-  _globals['_DELETEARENAREQUEST']._serialized_end=1281
-  _globals['_DELETEARENARESPONSE']._serialized_start=1283
-  _globals['_DELETEARENARESPONSE']._serialized_end=1304
-  _globals['_GETARENASSTATUSREQUEST']._serialized_start=1306
-  _globals['_GETARENASSTATUSREQUEST']._serialized_end=1330
-  _globals['_GETARENASSTATUSRESPONSE']._serialized_start=1333
-  _globals['_GETARENASSTATUSRESPONSE']._serialized_end=1513
-  _globals['_ARENAS']._serialized_start=1516
-  _globals['_ARENAS']._serialized_end=2272
+  _globals['_DISCARDARENAREQUEST']._serialized_start=885
+  _globals['_DISCARDARENAREQUEST']._serialized_end=969
+  _globals['_DISCARDARENARESPONSE']._serialized_start=971
+  _globals['_DISCARDARENARESPONSE']._serialized_end=993
+  _globals['_STATARENAREQUEST']._serialized_start=995
+  _globals['_STATARENAREQUEST']._serialized_end=1044
+  _globals['_STATARENARESPONSE']._serialized_start=1047
+  _globals['_STATARENARESPONSE']._serialized_end=1231
+  _globals['_LISTHELDARENASREQUEST']._serialized_start=1233
+  _globals['_LISTHELDARENASREQUEST']._serialized_end=1272
+  _globals['_LISTHELDARENASRESPONSE']._serialized_start=1274
+  _globals['_LISTHELDARENASRESPONSE']._serialized_end=1338
+  _globals['_DELETEARENAREQUEST']._serialized_start=1340
+  _globals['_DELETEARENAREQUEST']._serialized_end=1391
+  _globals['_DELETEARENARESPONSE']._serialized_start=1393
+  _globals['_DELETEARENARESPONSE']._serialized_end=1414
+  _globals['_GETARENASSTATUSREQUEST']._serialized_start=1416
+  _globals['_GETARENASSTATUSREQUEST']._serialized_end=1440
+  _globals['_GETARENASSTATUSRESPONSE']._serialized_start=1443
+  _globals['_GETARENASSTATUSRESPONSE']._serialized_end=1623
+  _globals['_ARENAS']._serialized_start=1626
+  _globals['_ARENAS']._serialized_end=2467
 # @@protoc_insertion_point(module_scope)

@@ -339,6 +339,51 @@ class UnshareArenaResponse(_message.Message):
 Global___UnshareArenaResponse: _TypeAlias = UnshareArenaResponse  # noqa: Y015
 
 @_typing.final
+class DiscardArenaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    arena: _builtins.str
+    offset: _builtins.int
+    """Where to begin, in bytes from the arena's start; a multiple of 4096, at most its size."""
+    length: _builtins.int
+    """Bytes to discard, a multiple of 4096. 0: to the arena's end."""
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        arena: _builtins.str = ...,
+        offset: _builtins.int = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain", "length", b"length", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiscardArenaRequest: _TypeAlias = DiscardArenaRequest  # noqa: Y015
+
+@_typing.final
+class DiscardArenaResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DiscardArenaResponse: _TypeAlias = DiscardArenaResponse  # noqa: Y015
+
+@_typing.final
 class StatArenaRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -68,6 +68,11 @@ class ArenasStub:
                 request_serializer=samepage_dot_v1_dot_arenas__pb2.UnshareArenaRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_arenas__pb2.UnshareArenaResponse.FromString,
                 _registered_method=True)
+        self.DiscardArena = channel.unary_unary(
+                '/samepage.v1.Arenas/DiscardArena',
+                request_serializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaResponse.FromString,
+                _registered_method=True)
         self.StatArena = channel.unary_unary(
                 '/samepage.v1.Arenas/StatArena',
                 request_serializer=samepage_dot_v1_dot_arenas__pb2.StatArenaRequest.SerializeToString,
@@ -153,6 +158,16 @@ class ArenasServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def DiscardArena(self, request, context):
+        """Give the memory of whole pages back to the system: they read as zero from now on, and take no
+        memory until they are written again.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
+        arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StatArena(self, request, context):
         """What the kernel shows of an arena's pages. Errors: NOT_FOUND.
         """
@@ -210,6 +225,11 @@ def add_ArenasServicer_to_server(servicer, server):
                     servicer.UnshareArena,
                     request_deserializer=samepage_dot_v1_dot_arenas__pb2.UnshareArenaRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_arenas__pb2.UnshareArenaResponse.SerializeToString,
+            ),
+            'DiscardArena': grpc.unary_unary_rpc_method_handler(
+                    servicer.DiscardArena,
+                    request_deserializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaResponse.SerializeToString,
             ),
             'StatArena': grpc.unary_unary_rpc_method_handler(
                     servicer.StatArena,
@@ -376,6 +396,33 @@ class Arenas:
             '/samepage.v1.Arenas/UnshareArena',
             samepage_dot_v1_dot_arenas__pb2.UnshareArenaRequest.SerializeToString,
             samepage_dot_v1_dot_arenas__pb2.UnshareArenaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DiscardArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Arenas/DiscardArena',
+            samepage_dot_v1_dot_arenas__pb2.DiscardArenaRequest.SerializeToString,
+            samepage_dot_v1_dot_arenas__pb2.DiscardArenaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -79,6 +79,12 @@ class ArenasStub:
     """Every page private again; later passes may merge them once more.
     Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no memory for all the copies; the rest stays shared).
     """
+    DiscardArena: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.DiscardArenaRequest, _arenas_pb2.DiscardArenaResponse]
+    """Give the memory of whole pages back to the system: they read as zero from now on, and take no
+    memory until they are written again.
+    Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
+    arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
+    """
     StatArena: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.StatArenaRequest, _arenas_pb2.StatArenaResponse]
     """What the kernel shows of an arena's pages. Errors: NOT_FOUND."""
     ListHeldArenas: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.ListHeldArenasRequest, _arenas_pb2.ListHeldArenasResponse]
@@ -136,6 +142,12 @@ class ArenasAsyncStub(ArenasStub):
     UnshareArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.UnshareArenaRequest, _arenas_pb2.UnshareArenaResponse]  # type: ignore[assignment]
     """Every page private again; later passes may merge them once more.
     Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no memory for all the copies; the rest stays shared).
+    """
+    DiscardArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.DiscardArenaRequest, _arenas_pb2.DiscardArenaResponse]  # type: ignore[assignment]
+    """Give the memory of whole pages back to the system: they read as zero from now on, and take no
+    memory until they are written again.
+    Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
+    arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
     """
     StatArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.StatArenaRequest, _arenas_pb2.StatArenaResponse]  # type: ignore[assignment]
     """What the kernel shows of an arena's pages. Errors: NOT_FOUND."""
@@ -221,6 +233,18 @@ class ArenasServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_arenas_pb2.UnshareArenaResponse, _abc.Awaitable[_arenas_pb2.UnshareArenaResponse]]:
         """Every page private again; later passes may merge them once more.
         Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no memory for all the copies; the rest stays shared).
+        """
+
+    @_abc_1.abstractmethod
+    def DiscardArena(
+        self,
+        request: _arenas_pb2.DiscardArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arenas_pb2.DiscardArenaResponse, _abc.Awaitable[_arenas_pb2.DiscardArenaResponse]]:
+        """Give the memory of whole pages back to the system: they read as zero from now on, and take no
+        memory until they are written again.
+        Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
+        arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
         """
 
     @_abc_1.abstractmethod

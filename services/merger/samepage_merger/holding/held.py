@@ -132,7 +132,7 @@ class HeldArenas:
             view[offset : offset + len(data)] = data
 
     def read(self, arena: Arena, offset: int, length: int) -> bytes:
-        """Return bytes that `check_range` has allowed, at most CHUNK_BYTES.
+        """Return bytes that `find_range` has allowed, at most CHUNK_BYTES.
 
         Raises:
             ClosedError: it was deleted.
@@ -182,6 +182,14 @@ class HeldArenas:
             OutOfMemoryError, ClosedError: as Arena.unshare().
         """
         await _in(self._calls, arena.unshare)
+
+    async def discard(self, arena: Arena, offset: int, length: int) -> None:
+        """Give back the memory of whole pages that `find_range` has allowed.
+
+        Raises:
+            InvalidArgumentError, OutOfMemoryError, ClosedError: as Arena.discard().
+        """
+        await _in(self._calls, arena.discard, offset, length)
 
     async def stats(self, arena: Arena) -> ArenaStats:
         """Count an arena's pages by state.
@@ -239,6 +247,16 @@ class HeldArenas:
         self._unfinished.add(task)
         task.add_done_callback(self._unfinished.discard)
         return await asyncio.shield(task)
+
+
+def find_range(arena: Arena, offset: int, length: int) -> int:
+    """Return how many bytes a call means by `length`, where 0 stands for all from `offset` on.
+
+    Raises:
+        RangeError: they would end beyond the arena.
+    """
+    check_range(arena, offset, length)
+    return length or arena.size - offset
 
 
 def check_range(arena: Arena, offset: int, length: int) -> None:

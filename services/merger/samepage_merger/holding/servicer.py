@@ -15,7 +15,7 @@ from samepage import errors
 from samepage.client import Arena
 from samepage.v1 import arenas_pb2, arenas_pb2_grpc, scanner_pb2
 from samepage_merger.holding.errors import IdleError, LimitError, RangeError
-from samepage_merger.holding.held import SHARE_SECONDS, HeldArenas, check_range
+from samepage_merger.holding.held import SHARE_SECONDS, HeldArenas, find_range
 
 WRITTEN_BYTES = "samepage-written-bytes"
 # The first that an error is an instance of.
@@ -90,9 +90,8 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
         """Bytes, as fast as the client takes them."""
         async with _Telling(context):
             arena = self._held.find(request.domain, request.arena)
-            check_range(arena, request.offset, request.length)
-            end = request.offset + request.length if request.length else arena.size
             offset = request.offset
+            end = offset + find_range(arena, offset, request.length)
             with self._held.stream():
                 while offset < end:
                     data = self._held.read(arena, offset, end - offset)
@@ -118,6 +117,16 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
         async with _Telling(context):
             await self._held.unshare(self._held.find(request.domain, request.arena))
             return arenas_pb2.UnshareArenaResponse()
+
+    async def DiscardArena(
+        self, request: arenas_pb2.DiscardArenaRequest, context: Context
+    ) -> arenas_pb2.DiscardArenaResponse:
+        """Pages that take no memory any more."""
+        async with _Telling(context):
+            arena = self._held.find(request.domain, request.arena)
+            length = find_range(arena, request.offset, request.length)
+            await self._held.discard(arena, request.offset, length)
+            return arenas_pb2.DiscardArenaResponse()
 
     async def StatArena(
         self, request: arenas_pb2.StatArenaRequest, context: Context
