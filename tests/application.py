@@ -102,6 +102,7 @@ class Served:
         self.node = samepage.connect()
         self.arenas: dict[str, samepage.Arena] = {}
         self.views: dict[str, memoryview] = {}
+        self.reserved: object = None
 
     def create(self, name: str, pages: int, domain: str | None = None) -> None:
         """Make an arena and take a view of it."""
@@ -208,6 +209,21 @@ class Served:
                     found.append((page, (last - first) // PAGE, int(inode), slot))
         return found
 
+    def mapping_count(self) -> int:
+        """How many mappings this process has."""
+        with open("/proc/self/maps") as file:
+            return sum(1 for _ in file)
+
+    def protections(self, name: str, page: int, pages: int) -> list[str]:
+        """What a part of an arena may be used for, by mapping, as /proc/self/maps has it."""
+        import ctypes
+
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.views[name])) + page * PAGE
+        with open("/proc/self/maps") as file:
+            parts = [line.split()[:2] for line in file]
+        bounds = [([int(at, 16) for at in span.split("-")], kind) for span, kind in parts]
+        return [kind for (low, high), kind in bounds if low < start + pages * PAGE and high > start]
+
     def unshare_without_memory(self, name: str) -> None:
         """Unshare with no address space left, so that pages cannot be restored the usual way."""
         import resource
@@ -220,6 +236,53 @@ class Served:
             self.arenas[name].unshare()
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
+
+    def discard(self, name: str, page: int, pages: int) -> None:
+        """Give pages back, the library's way."""
+        self.arenas[name].discard(page * PAGE, pages * PAGE)
+
+    def system(self, call: str, name: str, page: int, pages: int, *rest: int) -> int:
+        """Call madvise, mprotect, munmap and so on with a part of an arena."""
+        import ctypes
+
+        start = ctypes.addressof(ctypes.c_char.from_buffer(self.views[name]))
+        function = getattr(ctypes.CDLL(None, use_errno=True), call)
+        function.restype = ctypes.c_long
+        numbers = (start + page * PAGE, pages * PAGE, *rest)
+        result: int = function(*(ctypes.c_ulong(number) for number in numbers))
+        if result == -1:
+            raise OSError(ctypes.get_errno(), call)
+        return result
+
+    def reserve(self, pages: int) -> int:
+        """Return where so many addresses are that nothing else uses."""
+        import ctypes
+        import mmap
+
+        self.reserved = mmap.mmap(-1, pages * PAGE)
+        return ctypes.addressof(ctypes.c_char.from_buffer(self.reserved))
+
+    def read_at(self, address: int, length: int) -> str:
+        """Return bytes at an address in hex."""
+        import ctypes
+
+        return ctypes.string_at(address, length).hex()
+
+    def discard_in_turn(self, name: str, seed: int, rounds: int) -> list[int]:
+        """Discard pages while they are merged, restored and written; what was not zero then."""
+        view, pages = self.views[name], len(self.views[name]) // PAGE
+        original, order, wrong = content(seed, pages), random.Random(seed), []
+        for number in range(rounds):
+            self.arenas[name].share()
+            page, count = order.randrange(pages - 16), order.randrange(1, 16)
+            part = slice(page * PAGE, (page + count) * PAGE)
+            self.system("madvise", name, page, count, 4)  # MADV_DONTNEED
+            if number % 2:
+                view[part.start + 1] = 7
+            if any(view[part.start + 2 : part.stop]) or view[part.start + 1] != 7 * (number % 2):
+                wrong.append(number)
+            view[part] = original[part]
+        return wrong
 
     def descriptors(self) -> int:
         """How many file descriptors are open."""
