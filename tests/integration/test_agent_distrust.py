@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 import struct
@@ -11,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from application import PAGE, Application, content
+from helpers.by_hand import SLOTS, WINDOW, Merger
 
 from samepage.daemon import wire
 from samepage.daemon.wire import Type
@@ -18,64 +18,6 @@ from samepage.daemon.wire import Type
 pytestmark = pytest.mark.needs("root", "userfaultfd", "move", "wp_tmpfs", "remap")
 
 PAGES = 8
-SLOTS = 16
-WINDOW = wire.READ_PAGES_MAX * PAGE
-
-
-class Merger:
-    """A merger by hand: each step of the conversation is a call."""
-
-    def __init__(self, directory: Path) -> None:
-        self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.listener.bind(str(directory / "merger.sock"))
-        self.listener.listen()
-        self.listener.settimeout(20)
-        self.device = os.open("/dev/userfaultfd", os.O_RDWR | os.O_CLOEXEC)
-        self.store = os.memfd_create("store")
-        os.ftruncate(self.store, SLOTS * PAGE)
-        self.window = os.memfd_create("window", os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.window, WINDOW)
-        self.agent = socket.socket()
-
-    def accept(self) -> None:
-        """Take the agent's connection."""
-        self.agent.close()
-        self.agent, _ = self.listener.accept()
-        self.agent.settimeout(20)
-
-    def seal(self) -> None:
-        """Seal the window, as the protocol asks for."""
-        fcntl.fcntl(self.window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
-
-    def receive(self, kind: Type) -> wire.Message:
-        """Return the next message, which must be of this kind."""
-        message = wire.parse(self.agent.recv(wire.MESSAGE_MAX))
-        assert message.type is kind
-        return message
-
-    def welcome(self) -> None:
-        """Accept, and answer HELLO."""
-        self.accept()
-        hello = self.receive(Type.HELLO)
-        packet = wire.pack(Type.WELCOME, hello.seq, 0, wire.WELCOME.pack(WINDOW, 1, 0))
-        socket.send_fds(self.agent, [packet], [self.window, self.device])
-
-    def open_arena(self) -> None:
-        """Answer ARENA_OPEN."""
-        wanted = self.receive(Type.ARENA_OPEN)
-        packet = wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, wire.ARENA_OPENED.pack(7))
-        socket.send_fds(self.agent, [packet], [self.store])
-
-    def order(self, kind: Type, payload: bytes) -> None:
-        """Send an order to arena 1."""
-        self.agent.send(wire.pack(kind, 99, 1, payload))
-
-    def close(self) -> None:
-        """Close everything."""
-        self.agent.close()
-        self.listener.close()
-        for fd in (self.device, self.store, self.window):
-            os.close(fd)
 
 
 @pytest.fixture
