@@ -107,6 +107,14 @@ class Passes:
             if not self._waiting:
                 self._urgent.clear()
 
+    async def look(self) -> None:
+        """Look at every arena now, and have nothing merged."""
+        async with self._running:
+            self.budget.charge_own()
+            await self._bury()
+            await self.looker.look(list(self._books.arenas()), lambda: False, urgent=True)
+            self.budget.forgive_own()
+
     def hasten(self) -> None:
         """Something is new: have the next background pass after the short pause."""
         self.interval = self._policies.current.interval_seconds

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import resource
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, NoReturn
 
 import grpc
@@ -16,6 +16,7 @@ from samepage.reports import ShareReport
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
 from samepage_scanner.books import Books
 from samepage_scanner.config import Config
+from samepage_scanner.estimate import Estimate, estimate
 from samepage_scanner.merging import MergerClient
 from samepage_scanner.passes import Passes, ShareRefusedError
 from samepage_scanner.publisher import IndexAwayError, Publisher
@@ -88,6 +89,20 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
             await _abort(context, code, error.text)
         return scanner_pb2.ShareResponse(outcome=_sum(reports))
 
+    async def EstimateSavings(
+        self, request: scanner_pb2.EstimateSavingsRequest, context: Context
+    ) -> AsyncIterator[scanner_pb2.EstimateSavingsResponse]:
+        """What looking and matching find, without a merge."""
+        domains = sorted(self._books.domains)
+        if request.domain and request.domain not in domains:
+            text = f"no arena in domain {request.domain!r}"
+            await _abort(context, grpc.StatusCode.NOT_FOUND, text)
+        await self._passes.look()
+        for name in [request.domain] if request.domain else domains:
+            domain = self._books.domains.get(name)
+            if domain is not None and domain.arenas:
+                yield _estimate(name, await estimate(domain.arenas))
+
     async def GetScannerStatus(
         self, request: scanner_pb2.GetScannerStatusRequest, context: Context
     ) -> scanner_pb2.GetScannerStatusResponse:
@@ -144,6 +159,30 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
             await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, str(error))
         policy = self._policies.fill(scanner_pb2.ScannerPolicy())
         return scanner_pb2.SetScannerPolicyResponse(policy=policy)
+
+
+def _estimate(domain: str, found: Estimate) -> scanner_pb2.EstimateSavingsResponse:
+    return scanner_pb2.EstimateSavingsResponse(
+        domain=domain,
+        arenas=[
+            scanner_pb2.ArenaEstimate(
+                name=each.arena.name,
+                pid=each.arena.agent.peer.pid,
+                pages=each.pages,
+                absent=each.absent,
+                shared=each.shared,
+                zero=each.zero,
+                duplicate=each.duplicate,
+                kept=each.kept,
+                runs=each.runs,
+            )
+            for each in found.arenas
+        ],
+        runs=[
+            scanner_pb2.RunLengths(length=length, pages=pages)
+            for length, pages in found.lengths.items()
+        ],
+    )
 
 
 async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from samepage import errors
-from samepage.cli import arenas, doctor, policy, share, status, up
+from samepage.cli import arenas, doctor, policy, scan, share, status, up
 from samepage.cli.demo import command as demo_command
 
 EXIT_CODES = (
@@ -35,6 +35,7 @@ COMMANDS = (
     status.status,
     arenas.arenas,
     share.share,
+    scan.scan,
     policy.policy,
     doctor.doctor,
     demo_command.demo,

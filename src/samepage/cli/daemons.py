@@ -20,6 +20,9 @@ from samepage.v1 import (
     scanner_pb2_grpc,
 )
 
+# All memory of a host may have to be matched.
+_ESTIMATE_SECONDS = 120.0
+
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
@@ -53,6 +56,34 @@ class ArenasServiceStats:
     streams: int
     streams_max: int
     cpu_seconds: float
+
+
+@dataclass(frozen=True)
+class ArenaEstimate:
+    """What a share would make of an arena, in pages; see proto/samepage/v1/scanner.proto."""
+
+    name: str
+    pid: int
+    pages: int
+    absent: int
+    shared: int
+    zero: int
+    duplicate: int
+    kept: int
+    runs: int
+
+
+@dataclass(frozen=True)
+class DomainEstimate:
+    """The arenas of a domain, and the pages that would be saved by length of run."""
+
+    domain: str
+    arenas: list[ArenaEstimate]
+    runs: dict[int, int]
+
+    def to_json(self) -> dict[str, object]:
+        """For programs."""
+        return {**dataclasses.asdict(self), "runs": {str(k): v for k, v in self.runs.items()}}
 
 
 @dataclass(frozen=True)
@@ -128,6 +159,29 @@ def arenas_service_stats(host: Host) -> ArenasServiceStats:
     return ArenasServiceStats(
         **{name: getattr(answer, name) for name in _fields(ArenasServiceStats)}
     )
+
+
+def estimate_savings(host: Host) -> list[DomainEstimate]:
+    """Ask the scanner what sharing would save, by domain.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: it does not answer.
+    """
+    with rpc.channel(rpc.socket_address(host.directory, rpc.SCANNER_SOCKET)) as channel:
+        answers = scanner_pb2_grpc.ScannerStub(channel).EstimateSavings(
+            scanner_pb2.EstimateSavingsRequest(), timeout=_ESTIMATE_SECONDS
+        )
+        return [
+            DomainEstimate(
+                answer.domain,
+                [
+                    ArenaEstimate(**{name: getattr(arena, name) for name in _fields(ArenaEstimate)})
+                    for arena in answer.arenas
+                ],
+                {runs.length: runs.pages for runs in answer.runs},
+            )
+            for answer in answers
+        ]
 
 
 def scanner_stats(host: Host) -> ScannerStats:

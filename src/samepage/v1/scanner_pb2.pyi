@@ -193,6 +193,131 @@ class ShareOutcome(_message.Message):
 Global___ShareOutcome: _TypeAlias = ShareOutcome  # noqa: Y015
 
 @_typing.final
+class EstimateSavingsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """Empty: every domain."""
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateSavingsRequest: _TypeAlias = EstimateSavingsRequest  # noqa: Y015
+
+@_typing.final
+class EstimateSavingsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    ARENAS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    @_builtins.property
+    def arenas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArenaEstimate]: ...
+    @_builtins.property
+    def runs(self) -> _containers.RepeatedCompositeFieldContainer[Global___RunLengths]:
+        """Pages that would be saved, zero pages left out, by length of run."""
+
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        arenas: _abc.Iterable[Global___ArenaEstimate] | None = ...,
+        runs: _abc.Iterable[Global___RunLengths] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "domain", b"domain", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EstimateSavingsResponse: _TypeAlias = EstimateSavingsResponse  # noqa: Y015
+
+@_typing.final
+class ArenaEstimate(_message.Message):
+    """Pages of one arena, by what a share would make of them."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    ZERO_FIELD_NUMBER: _builtins.int
+    DUPLICATE_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    pid: _builtins.int
+    """Process id as the scanner sees it, 0 when it cannot."""
+    pages: _builtins.int
+    absent: _builtins.int
+    """Never touched, or discarded."""
+    shared: _builtins.int
+    """Mapped to a slot already."""
+    zero: _builtins.int
+    """Hold only zeros: the kernel's zero page would do."""
+    duplicate: _builtins.int
+    """Would be mapped to a page that another one keeps."""
+    kept: _builtins.int
+    """The rest: no equal page on this host, or the one copy of several that is kept."""
+    runs: _builtins.int
+    """Runs of neighbours that the duplicates are in: as many mappings it would take."""
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        pid: _builtins.int = ...,
+        pages: _builtins.int = ...,
+        absent: _builtins.int = ...,
+        shared: _builtins.int = ...,
+        zero: _builtins.int = ...,
+        duplicate: _builtins.int = ...,
+        kept: _builtins.int = ...,
+        runs: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "duplicate", b"duplicate", "kept", b"kept", "name", b"name", "pages", b"pages", "pid", b"pid", "runs", b"runs", "shared", b"shared", "zero", b"zero"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArenaEstimate: _TypeAlias = ArenaEstimate  # noqa: Y015
+
+@_typing.final
+class RunLengths(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LENGTH_FIELD_NUMBER: _builtins.int
+    PAGES_FIELD_NUMBER: _builtins.int
+    length: _builtins.int
+    """The shortest of the class, a power of two."""
+    pages: _builtins.int
+    """Pages in runs of that class."""
+    def __init__(
+        self,
+        *,
+        length: _builtins.int = ...,
+        pages: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["length", b"length", "pages", b"pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunLengths: _TypeAlias = RunLengths  # noqa: Y015
+
+@_typing.final
 class GetScannerStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

@@ -44,6 +44,11 @@ class ScannerStub:
                 request_serializer=samepage_dot_v1_dot_scanner__pb2.ShareRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_scanner__pb2.ShareResponse.FromString,
                 _registered_method=True)
+        self.EstimateSavings = channel.unary_stream(
+                '/samepage.v1.Scanner/EstimateSavings',
+                request_serializer=samepage_dot_v1_dot_scanner__pb2.EstimateSavingsRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_scanner__pb2.EstimateSavingsResponse.FromString,
+                _registered_method=True)
         self.GetScannerStatus = channel.unary_unary(
                 '/samepage.v1.Scanner/GetScannerStatus',
                 request_serializer=samepage_dot_v1_dot_scanner__pb2.GetScannerStatusRequest.SerializeToString,
@@ -79,6 +84,14 @@ class ScannerServicer:
     def Share(self, request, context):
         """Look now, and merge what is equal; returns when that is done. Equal to `arena.share()`.
         Errors: NOT_FOUND (no such arena), UNAVAILABLE (the merger is away), DEADLINE_EXCEEDED.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EstimateSavings(self, request, context):
+        """Look at all arenas now, and tell what sharing them would save; changes nothing. One response a
+        domain. Errors: NOT_FOUND (no such domain).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -125,6 +138,11 @@ def add_ScannerServicer_to_server(servicer, server):
                     servicer.Share,
                     request_deserializer=samepage_dot_v1_dot_scanner__pb2.ShareRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_scanner__pb2.ShareResponse.SerializeToString,
+            ),
+            'EstimateSavings': grpc.unary_stream_rpc_method_handler(
+                    servicer.EstimateSavings,
+                    request_deserializer=samepage_dot_v1_dot_scanner__pb2.EstimateSavingsRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_scanner__pb2.EstimateSavingsResponse.SerializeToString,
             ),
             'GetScannerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetScannerStatus,
@@ -201,6 +219,33 @@ class Scanner:
             '/samepage.v1.Scanner/Share',
             samepage_dot_v1_dot_scanner__pb2.ShareRequest.SerializeToString,
             samepage_dot_v1_dot_scanner__pb2.ShareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EstimateSavings(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/samepage.v1.Scanner/EstimateSavings',
+            samepage_dot_v1_dot_scanner__pb2.EstimateSavingsRequest.SerializeToString,
+            samepage_dot_v1_dot_scanner__pb2.EstimateSavingsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -37,6 +37,10 @@ class ScannerStub:
     """Look now, and merge what is equal; returns when that is done. Equal to `arena.share()`.
     Errors: NOT_FOUND (no such arena), UNAVAILABLE (the merger is away), DEADLINE_EXCEEDED.
     """
+    EstimateSavings: _grpc.UnaryStreamMultiCallable[_scanner_pb2.EstimateSavingsRequest, _scanner_pb2.EstimateSavingsResponse]
+    """Look at all arenas now, and tell what sharing them would save; changes nothing. One response a
+    domain. Errors: NOT_FOUND (no such domain).
+    """
     GetScannerStatus: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerStatusRequest, _scanner_pb2.GetScannerStatusResponse]
     GetOverlap: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetOverlapRequest, _scanner_pb2.GetOverlapResponse]
     """How much of this host's memory the index knows on other hosts.
@@ -57,6 +61,10 @@ class ScannerAsyncStub(ScannerStub):
     Share: _aio.UnaryUnaryMultiCallable[_scanner_pb2.ShareRequest, _scanner_pb2.ShareResponse]  # type: ignore[assignment]
     """Look now, and merge what is equal; returns when that is done. Equal to `arena.share()`.
     Errors: NOT_FOUND (no such arena), UNAVAILABLE (the merger is away), DEADLINE_EXCEEDED.
+    """
+    EstimateSavings: _aio.UnaryStreamMultiCallable[_scanner_pb2.EstimateSavingsRequest, _scanner_pb2.EstimateSavingsResponse]  # type: ignore[assignment]
+    """Look at all arenas now, and tell what sharing them would save; changes nothing. One response a
+    domain. Errors: NOT_FOUND (no such domain).
     """
     GetScannerStatus: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerStatusRequest, _scanner_pb2.GetScannerStatusResponse]  # type: ignore[assignment]
     GetOverlap: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetOverlapRequest, _scanner_pb2.GetOverlapResponse]  # type: ignore[assignment]
@@ -87,6 +95,16 @@ class ScannerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scanner_pb2.ShareResponse, _abc.Awaitable[_scanner_pb2.ShareResponse]]:
         """Look now, and merge what is equal; returns when that is done. Equal to `arena.share()`.
         Errors: NOT_FOUND (no such arena), UNAVAILABLE (the merger is away), DEADLINE_EXCEEDED.
+        """
+
+    @_abc_1.abstractmethod
+    def EstimateSavings(
+        self,
+        request: _scanner_pb2.EstimateSavingsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_scanner_pb2.EstimateSavingsResponse], _abc.AsyncIterator[_scanner_pb2.EstimateSavingsResponse]]:
+        """Look at all arenas now, and tell what sharing them would save; changes nothing. One response a
+        domain. Errors: NOT_FOUND (no such domain).
         """
 
     @_abc_1.abstractmethod
