@@ -14,6 +14,7 @@ import random
 import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Self
 
@@ -119,6 +120,18 @@ class Served:
         """Write bytes given in hex."""
         raw = bytes.fromhex(data)
         self.views[name][offset : offset + len(raw)] = raw
+
+    def rewrite(self, name: str, seconds: float) -> int:
+        """Change every page over and over, for so long; how many times that was."""
+        view = self.views[name]
+        end = time.monotonic() + seconds
+        rounds = 0
+        while time.monotonic() < end:
+            rounds += 1
+            for at in range(0, len(view), PAGE):
+                struct.pack_into("<Q", view, at, rounds << 32 | at)
+            time.sleep(0.05)
+        return rounds
 
     def hammer(self, name: str, rounds: int) -> tuple[list[int], int]:
         """Count up in every 16th page while the arena is shared and unshared in turn.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -342,3 +343,19 @@ def test_no_merger_at_the_socket(tmp_path: Path) -> None:
         one.call("create", "a", 1)
     assert caught.value.kind == "NotRunningError"
     assert "SAMEPAGE_DIR" in str(caught.value) and str(tmp_path) in str(caught.value)
+
+
+def test_stopped_process_does_not_hold_up_a_share(
+    cluster: Up, pair: tuple[Application, Application]
+) -> None:
+    """The others' pages are merged; those of the stopped one are when it goes on."""
+    one, _ = pair
+    with Application(cluster.host()) as stopped:
+        stopped.call("create", "stopped", PAGES)
+        stopped.call("fill", "stopped", 1)
+        os.kill(stopped.pid, signal.SIGSTOP)
+        try:
+            assert one.call("share", "a", 4.0)["shared"] == PAGES
+        finally:
+            os.kill(stopped.pid, signal.SIGCONT)
+        assert stopped.call("share", "stopped")["merged"] == PAGES

@@ -8,6 +8,7 @@ import struct
 from collections.abc import AsyncIterator, Callable
 
 import pytest
+import structlog
 from fakes.fake_agent import DroppedError, FakeAgent, FakeArena, RefusedError, random_pages
 from fakes.fake_merger import FakeMerger
 from helpers.scanner_host import ScannerHost
@@ -298,3 +299,25 @@ async def test_too_many_shares_at_once(bad: FakeAgent, merger: FakeMerger) -> No
     errors = [result.error for result in results if isinstance(result, RefusedError)]
     assert errors.count(errno.EAGAIN) == 10
     assert errors.count(errno.ETIMEDOUT) == SHARES_MAX
+
+
+async def test_stopped_processes_hold_up_nobody() -> None:
+    """More of them than may be asked at once, and far more time than a share may take."""
+    async with ScannerHost(answer_seconds=3600.0) as host:
+        stopped = [await FakeAgent.connect(host.directory) for _ in range(3)]
+        for number, agent in enumerate(stopped):
+            await agent.open(f"stopped-{number}", random_pages(8, 1))
+            agent.on_order = lambda order: None
+        good = await FakeAgent.connect(host.directory)
+        merger = FakeMerger(host.directory, [good])
+        await merger.start()
+        arena = await open_twins(good)
+        with structlog.testing.capture_logs() as logs:
+            async with asyncio.timeout(60):
+                assert (await good.share(arena))["shared"] == 8
+                await host.service.passes.run_once()
+        left_out = sorted(e["arenas"] for e in logs if e["event"] == "agent is left out")
+        assert left_out == [["stopped-0"], ["stopped-1"], ["stopped-2"]]
+        for agent in (*stopped, good):
+            agent.close()
+        await merger.stop()

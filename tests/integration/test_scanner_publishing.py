@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from functools import partial
 
 import grpc
 import numpy as np
@@ -212,3 +213,24 @@ async def test_overlap_counts_by_host(
     overlap = await host.api.GetOverlap(scanner_pb2.GetOverlapRequest())
     assert overlap.distinct_pages == 20
     assert [(host.host, host.pages) for host in overlap.hosts] == [("host-c", 15), ("host-b", 12)]
+
+
+def holds(index: FakeIndex, wanted: set[bytes]) -> bool:
+    return index.held[DEFAULT] == wanted
+
+
+async def test_sampling_changes_while_the_index_listens(
+    host: ScannerHost, index: FakeIndex, agent: FakeAgent
+) -> None:
+    arena = await agent.open("a", random_pages(200, 1))
+    await scan(host)
+    await index.settled()
+    assert index.held[DEFAULT] == content(arena)
+    for bits in (2, 4, 1, 0):
+        policy = scanner_pb2.ScannerPolicy(sampling_bits=bits)
+        await host.api.SetPolicy(scanner_pb2.SetScannerPolicyRequest(policy=policy))
+        wanted = {one for one in content(arena) if int.from_bytes(one, "big") % (1 << bits) == 0}
+        assert wanted
+        await index.until(partial(holds, index, wanted))
+        status = await host.api.GetScannerStatus(scanner_pb2.GetScannerStatusRequest())
+        assert status.published == len(wanted)

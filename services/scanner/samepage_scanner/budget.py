@@ -52,11 +52,7 @@ class Budget:
         """Wait until something may be spent, or must not be waited for."""
         self.charge_own()
         while (debt := self._debt_seconds()) > 0 and not self._hurry.is_set():
-            try:
-                async with asyncio.timeout(min(debt, _NAP_SECONDS)):
-                    await self._hurry.wait()
-            except TimeoutError:
-                continue
+            await self._nap(min(debt, _NAP_SECONDS))
 
     @contextmanager
     def watch(self, agents: Collection[Agent]) -> Iterator[None]:
@@ -88,6 +84,13 @@ class Budget:
     def forgive_own(self) -> None:
         """Do not charge what this process spent since the last time."""
         self._own = time.process_time()
+
+    async def _nap(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self._hurry.wait()
+        except TimeoutError:
+            return
 
     def _fill(self) -> None:
         now = _now()
