@@ -233,3 +233,12 @@ def test_shared_leader_of_short_runs_is_not_unique(size: str) -> None:
 def test_short_runs_of_zeros_are_given_back(size: str) -> None:
     arena = make([*private([1]), (0, ZERO, True), *private([2])])
     assert spans(match.match([arena], min_run=9).zero) == {((0, 1), (match.NO_LEADER, 0), 1)}
+
+
+def test_mute_arenas_only_lead_with_what_they_share(size: str) -> None:
+    mute: list[Page] = [(1, PageState.SHARED, True), (2, PageState.PRIVATE, True), (0, ZERO, True)]
+    arenas = [make(mute), make(private([1, 2])), make(private([1, 2]))]
+    found = match.match(arenas, mute=[0])
+    assert spans(found.equal) == {((1, 0), (0, 0), 1), ((2, 0), (0, 0), 1), ((2, 1), (1, 1), 1)}
+    assert not len(found.zero)
+    assert found.unique.tolist() == [0, 0, 0]

@@ -28,7 +28,7 @@ Pages that hold only zeros need no leader: their runs say NO_LEADER.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +36,16 @@ import numpy.typing as npt
 
 from samepage.daemon.wire import PageState
 from samepage_scanner import fingerprints as fp
-from samepage_scanner.pages import HAS_FINGERPRINT, HAS_STABLE_FINGERPRINT, STABLE, STATE, Pages
+from samepage_scanner.pages import (
+    HAS_FINGERPRINT,
+    HAS_SLOT,
+    HAS_STABLE_FINGERPRINT,
+    IS_STABLE_ZERO,
+    IS_ZERO,
+    NOTHING,
+    STATE,
+    Pages,
+)
 
 # The records of MergeRequest.runs.
 RUN = np.dtype(
@@ -80,24 +89,33 @@ class Match:
     unique: npt.NDArray[np.int64]
 
 
-def match(arenas: Sequence[Pages], *, waive: bool = False, min_run: int = 1) -> Match:
+def match(
+    arenas: Sequence[Pages],
+    *,
+    waive: bool = False,
+    min_run: int = 1,
+    mute: Collection[int] = (),
+) -> Match:
     """Match all pages of one domain.
 
     Args:
         arenas: of one domain; at most 2**36 pages together.
         waive: look also at pages that are not stable.
         min_run: leave shorter runs of equal pages alone.
+        mute: arenas, by number, that nothing can be done with now; their shared pages lead.
     """
-    return _Matching(arenas, waive).result(min_run)
+    return _Matching(arenas, waive, mute).result(min_run)
 
 
 class _Matching:
     """One run of the algorithm; `groups` is by place, 0 where a page is in no group."""
 
-    def __init__(self, arenas: Sequence[Pages], waive: bool) -> None:
+    def __init__(self, arenas: Sequence[Pages], waive: bool, mute: Collection[int]) -> None:
         self._arenas = arenas
-        self._waive = waive
-        self._wanted = HAS_FINGERPRINT if waive else HAS_STABLE_FINGERPRINT
+        self._wanted = [HAS_FINGERPRINT if waive else HAS_STABLE_FINGERPRINT] * len(arenas)
+        self._zeros = [IS_ZERO if waive else IS_STABLE_ZERO] * len(arenas)
+        for number in mute:
+            self._wanted[number], self._zeros[number] = HAS_SLOT, NOTHING
         self._bases = np.cumsum([0, *(len(pages) + 1 for pages in arenas)], dtype=np.int64)
         self._places = int(self._bases[-1])
         self._parts = 1
@@ -120,10 +138,10 @@ class _Matching:
     def _group(self, part: int) -> None:
         """Group the pages of one part of the fingerprints."""
         chosen, places, private = [fp.empty()], [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
-        for base, pages in zip(self._bases, self._arenas, strict=False):
+        for base, pages, chosen_by in zip(self._bases, self._arenas, self._wanted, strict=False):
             for block in pages.blocks():
                 flags, fingerprints = pages.flags[block], pages.fingerprints[block]
-                wanted = self._wanted[flags]
+                wanted = chosen_by[flags]
                 wanted &= _part_of(fp.keys(fingerprints), self._parts) == part
                 rows = np.flatnonzero(wanted)
                 chosen.append(fingerprints[rows])
@@ -226,13 +244,9 @@ class _Matching:
         return runs[:, ~short]
 
     def _zero(self) -> Iterator[npt.NDArray[np.int64]]:
-        for base, pages in zip(self._bases, self._arenas, strict=False):
+        for base, pages, chosen_by in zip(self._bases, self._arenas, self._zeros, strict=False):
             for block in pages.blocks():
-                flags = pages.flags[block]
-                zero = (flags & STATE) == PageState.ZERO
-                if not self._waive:
-                    zero &= (flags & STABLE) != 0
-                places = np.flatnonzero(zero) + (base + block.start)
+                places = np.flatnonzero(chosen_by[pages.flags[block]]) + (base + block.start)
                 yield _runs(places, places)
 
     def _arena_of(self, places: Places) -> npt.NDArray[np.intp]:

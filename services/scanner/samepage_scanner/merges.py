@@ -103,9 +103,11 @@ class Merges:
         try:
             min_run = self._policies.current.min_run_pages
             pages = [arena.pages for arena in arenas]
-            found = await asyncio.to_thread(match, pages, waive=urgent, min_run=min_run)
+            # A process that does not answer the scanner would not answer the merger.
+            mute = [number for number, arena in enumerate(arenas) if arena.agent.silent]
+            found = await asyncio.to_thread(match, pages, waive=urgent, min_run=min_run, mute=mute)
             done = Merged(arenas, found, new_tally(len(arenas)), new_tally(len(arenas)))
-            complete = await self._order_all(domain, done, urgent)
+            complete = await self._order_all(domain, done, urgent) and not mute
         finally:
             domain.dirty = domain.dirty or not complete
         return done

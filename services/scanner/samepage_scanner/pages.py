@@ -33,9 +33,13 @@ def _table(states: tuple[PageState, ...], required: np.uint8) -> fp.Mask:
     return table
 
 
-# By flags: pages that have a fingerprint, and those of them that may be shared or published.
+# By flags: pages that have a fingerprint, those of them that may be shared or published, ...
 HAS_FINGERPRINT = _table((PageState.PRIVATE, PageState.SHARED), np.uint8(0))
 HAS_STABLE_FINGERPRINT = _table((PageState.PRIVATE, PageState.SHARED), STABLE)
+HAS_SLOT = _table((PageState.SHARED,), np.uint8(0))
+IS_ZERO = _table((PageState.ZERO,), np.uint8(0))
+IS_STABLE_ZERO = _table((PageState.ZERO,), STABLE)
+NOTHING = _table((), np.uint8(0))
 
 
 @dataclass(frozen=True, slots=True)
