@@ -134,7 +134,8 @@ class Served:
         return rounds
 
     def hammer(self, name: str, rounds: int) -> tuple[list[int], int]:
-        """Count up in every 16th page while the arena is shared and unshared in turn.
+        """Count up in every 16th page while the arena is shared and unshared in turn: for so many
+        rounds at least, and until something was merged.
 
         Returns the counters that are not what was counted, and how many pages were merged.
         """
@@ -143,21 +144,25 @@ class Served:
         for at in counters:
             struct.pack_into("<Q", view, at, 0)
 
-        def count_up() -> None:
-            for number in range(1, rounds + 1):
+        merged = 0
+
+        def count_up() -> int:
+            number = 0
+            while number < rounds or not merged:
+                number += 1
                 for at in counters:
                     assert struct.unpack_from("<Q", view, at)[0] == number - 1
                     struct.pack_into("<Q", view, at, number)
+            return number
 
-        merged = 0
         with concurrent.futures.ThreadPoolExecutor(1) as pool:
             counting = pool.submit(count_up)
             while not counting.done():
                 merged += self.arenas[name].share().merged
                 self.arenas[name].unshare()
-            counting.result()
+            last = counting.result()
         counted = [struct.unpack_from("<Q", view, at)[0] for at in counters]
-        return [number for number in counted if number != rounds], merged
+        return [number for number in counted if number != last], merged
 
     def read(self, name: str, offset: int, length: int) -> str:
         """Return bytes in hex."""
