@@ -9,6 +9,7 @@ The model is bytes in a dictionary. Of sharing it knows only what a user is told
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ DOMAINS = ("default", "other")
 PROCESSES = 3
 
 ZEROS = bytes(PAGE)
+
+_numbers = itertools.count(1)
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,15 @@ class Unshare:
 
 
 @dataclass(frozen=True)
+class Discard:
+    """arena.discard() of pages, which read as zeros then."""
+
+    arena: int
+    page: int
+    count: int
+
+
+@dataclass(frozen=True)
 class Fork:
     """The arena's process forks, and writes a page while its child lives."""
 
@@ -95,7 +107,7 @@ class KillDaemon:
     daemon: str
 
 
-Step = Create | Write | Poke | Share | Unshare | Fork | Close | KillProcess | KillDaemon
+Step = Create | Write | Poke | Share | Unshare | Discard | Fork | Close | KillProcess | KillDaemon
 
 _arenas = st.integers(0, 7)
 _pages = st.integers(0, PAGES_MAX - 1)
@@ -119,6 +131,7 @@ _common = st.one_of(
     _shares,
     _shares,
     st.builds(Unshare, _arenas),
+    st.builds(Discard, _arenas, _pages, st.integers(1, PAGES_MAX)),
     st.builds(Fork, _arenas, _pages),
     st.builds(Close, _arenas),
 )
@@ -174,12 +187,11 @@ class Model:
     """All arenas, in the order in which they were made."""
 
     arenas: list[ModelArena] = field(default_factory=list)
-    made: int = 0
 
     def create(self, process: int, domain: str, pages: int) -> ModelArena:
         """A new arena, all zero."""
-        self.made += 1
-        arena = ModelArena(f"arena-{self.made}", process, domain, [ZEROS] * pages)
+        # never a name twice: a process that was killed may not have let go of its own yet
+        arena = ModelArena(f"arena-{next(_numbers)}", process, domain, [ZEROS] * pages)
         self.arenas.append(arena)
         return arena
 

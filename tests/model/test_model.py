@@ -23,8 +23,10 @@ from model.programs import (
     DOMAINS,
     PAGE,
     PROCESSES,
+    ZEROS,
     Close,
     Create,
+    Discard,
     Fork,
     KillDaemon,
     KillProcess,
@@ -154,6 +156,12 @@ def _in_arena(host: Host, model: Model, arena: ModelArena, step: Step) -> None:
             host.call(arena, "unshare")
             arena.may.clear()
             assert shared_pages(host, arena) == set()
+        case Discard(_, page, count):
+            page %= len(arena.pages)
+            count = min(count, len(arena.pages) - page)
+            host.call(arena, "discard", page, count)
+            for at in range(page, page + count):
+                arena.write(at, ZEROS)
         case Fork(_, page):
             page %= len(arena.pages)
             host.call(arena, "write_beside_a_child", page * PAGE, pattern(400).hex())
