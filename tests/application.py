@@ -255,6 +255,30 @@ class Served:
         finally:
             resource.setrlimit(resource.RLIMIT_AS, before)
 
+    def seal(self, name: str) -> None:
+        """Make an arena read-only."""
+        self.arenas[name].seal()
+
+    def writable(self, name: str) -> bool:
+        """Whether a view taken now can be written."""
+        return not self.arenas[name].buffer.readonly
+
+    def write_sealed(self, name: str) -> int:
+        """How a child process ends that writes to its own sealed arena: a signal's number."""
+        import samepage
+
+        child = os.fork()
+        if child == 0:
+            os.close(2)  # the interpreter would tell of the signal
+            with samepage.connect() as node:
+                arena = node.create_arena(f"{name}-child", PAGE)
+                view = arena.buffer
+                view[0] = 1
+                arena.seal()
+                view[0] = 2
+            os._exit(0)
+        return os.WTERMSIG(os.waitpid(child, 0)[1])
+
     def discard(self, name: str, page: int, pages: int) -> None:
         """Give pages back, the library's way."""
         self.arenas[name].discard(page * PAGE, pages * PAGE)

@@ -99,6 +99,12 @@ int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_repor
 
 int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats);
 
+/* Make the arena read-only for good: a later write to it is a SIGSEGV, an sp_arena_discard() -EPERM.
+ * Its pages merge from then on even where the kernel has no userfaultfd. I/O into the arena must
+ * have come to its end; and the application must not make the memory writable again. -EBUSY: pages
+ * are pinned for I/O (told where the kernel has UFFDIO_MOVE). -ENOMEM: no mapping is left. */
+int sp_arena_seal(struct sp_arena *arena);
+
 /* Give the memory of whole pages back: they read as zeros from now on, as fresh ones. `offset` and
  * `length` are in bytes. Unlike madvise(MADV_DONTNEED), it is exact also while the pages are just
  * being merged. -EINVAL: no whole pages, or not inside the arena. -ENOMEM: no mapping is left to do

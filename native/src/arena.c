@@ -231,6 +231,13 @@ int sp_arena_stats(struct sp_arena *arena, struct sp_arena_stats *stats)
 	return 0;
 }
 
+int sp_arena_seal(struct sp_arena *arena)
+{
+	int error = usable(arena);
+
+	return error ? error : ask(&arena->node->mover.mailbox, SP_REQUEST_SEAL, arena, NULL, -1);
+}
+
 int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length)
 {
 	struct sp_request request = {.kind = SP_REQUEST_DISCARD,
@@ -241,6 +248,8 @@ int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length)
 
 	if (error)
 		return error;
+	if (atomic_load(&arena->sealed))
+		return sp_fail(-EPERM, "the arena is sealed: it can only be read");
 	if (offset % SP_PAGE_SIZE || length % SP_PAGE_SIZE)
 		return sp_fail(-EINVAL, "offset %zu and length %zu are not whole pages of %d bytes",
 			       offset, length, SP_PAGE_SIZE);

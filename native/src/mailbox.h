@@ -18,6 +18,7 @@ enum sp_request_kind {
 	SP_REQUEST_ADD,	    /* announce an arena */
 	SP_REQUEST_UNSHARE, /* every page private again */
 	SP_REQUEST_DISCARD, /* a range of pages zero, and given back to the kernel */
+	SP_REQUEST_SEAL,    /* read-only from now on */
 	SP_REQUEST_CLOSE,   /* the same, and forget the arena */
 	SP_REQUEST_DROP,    /* unmap the arena's memory, and forget it */
 	SP_REQUEST_ACCOUNT, /* ask the merger what the arena saves */

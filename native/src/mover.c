@@ -11,6 +11,7 @@
 #include <unistd.h>
 
 #include "kernel.h"
+#include "sealed.h"
 #include "thread.h"
 
 #define RECONNECT_FIRST_MS 50
@@ -19,6 +20,7 @@
 #define MESSAGES_A_TURN 16
 #define NO_MEMORY "there is no memory for private copies; the pages stay shared and readable"
 #define NO_MAPPING "the system gives no mapping (see vm.max_map_count) or no memory"
+#define PINNED "pages of the arena are pinned for I/O: let it finish, then seal"
 #define MERGER_AWAY "the merger is away; the arena's memory is safe, try again later"
 
 struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number)
@@ -360,6 +362,10 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 	case SP_REQUEST_DISCARD:
 		error = sp_mover_discard(node, arena, request->page, request->count);
 		text = NO_MAPPING;
+		break;
+	case SP_REQUEST_SEAL:
+		error = sp_mover_seal(node, arena);
+		text = error == -EBUSY ? PINNED : NO_MAPPING;
 		break;
 	case SP_REQUEST_CLOSE:
 		error = sp_mover_restore(node, arena, 0, arena->pages);

@@ -53,12 +53,10 @@ static void after_fork_in_child(void)
 		close_inherited(node->reader.link.window_fd);
 		close_inherited(node->reader.pagemap);
 		close_inherited(node->reader.maps);
-		if (node->mover.can_share) {
-			close_inherited(node->mover.pager.uffds.memory);
-			close_inherited(node->mover.pager.uffds.store);
-			close_inherited(node->mover.pager.pagemap);
-			close_inherited(node->mover.pager.maps);
-		}
+		close_inherited(node->mover.pager.uffds.memory);
+		close_inherited(node->mover.pager.uffds.store);
+		close_inherited(node->mover.pager.pagemap);
+		close_inherited(node->mover.pager.maps);
 		for (struct sp_arena *arena = node->mover.arenas; arena; arena = arena->mover_next)
 			close_inherited(arena->store);
 	}
@@ -236,17 +234,19 @@ static int prepare_pager(struct sp_node *node, int device)
 {
 	struct sp_uffds uffds;
 	int error = sp_probe_open(device, &node->hello.features, &uffds);
+	bool can_share =
+		!error && (node->hello.features & SP_FEATURES_NEEDED) == SP_FEATURES_NEEDED;
 
 	node->mover.extents_budget = map_count_limit() / 4;
-	if (error)
-		return 0;
-	if ((node->hello.features & SP_FEATURES_NEEDED) != SP_FEATURES_NEEDED) {
+	if (!error && !can_share)
 		sp_uffds_close(&uffds);
-		return 0;
-	}
+	if (!can_share)
+		uffds = (struct sp_uffds){.memory = -1, .store = -1};
 	error = sp_pager_init(&node->mover.pager, uffds, node->hello.features);
 	if (error)
 		return sp_fail(error, "cannot prepare to replace pages: %s", strerror(-error));
+	if (!can_share)
+		return 0; /* sealed arenas alone */
 	error = sp_faults_start(&node->faults, &node->mover.pager, &node->mover.mailbox);
 	if (error) {
 		sp_pager_destroy(&node->mover.pager);
@@ -258,9 +258,8 @@ static int prepare_pager(struct sp_node *node, int device)
 
 static void release_pager(struct sp_node *node)
 {
-	if (!node->mover.can_share)
-		return;
-	sp_faults_stop(&node->faults);
+	if (node->mover.can_share)
+		sp_faults_stop(&node->faults);
 	sp_pager_destroy(&node->mover.pager);
 	node->mover.can_share = false;
 }
@@ -291,6 +290,7 @@ static struct sp_node *make_node(void)
 	node->mover.link.sock = node->mover.link.window_fd = -1;
 	node->reader.link.sock = node->reader.link.window_fd = -1;
 	node->reader.pagemap = node->reader.maps = -1;
+	node->mover.pager = SP_PAGER_NONE;
 	if (sp_mailbox_init(&node->mover.mailbox))
 		goto no_mover;
 	if (!sp_mailbox_init(&node->reader.mailbox))

@@ -43,6 +43,7 @@ struct sp_arena {
 	bool tracked; /* writes are followed; set before the reader knows the arena */
 	atomic_uint references;
 	atomic_bool closed;
+	atomic_bool sealed; /* read-only for good; set by the mover */
 
 	/* The mover's. */
 	struct sp_arena *mover_next;

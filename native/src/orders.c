@@ -8,6 +8,7 @@
 #include "kernel.h"
 #include "mover.h"
 #include "pagemap.h"
+#include "sealed.h"
 
 static int send_done(struct sp_node *node, const struct sp_message *order, int error,
 		     size_t outcomes)
@@ -69,7 +70,7 @@ static int order_read(struct sp_node *node, struct sp_arena *arena, const struct
 		return send_done(node, order, ENOENT, 0);
 	if (!is_inside(arena, range->page, range->count))
 		return -EPROTO;
-	if (!mover->can_share)
+	if (!mover->can_share && !atomic_load(&arena->sealed))
 		return send_done(node, order, ENOTSUP, 0);
 	error = sp_pagemap_read(mover->pager.pagemap, arena->data + range->page * SP_PAGE_SIZE,
 				range->count, mover->pager.page_states);
@@ -98,17 +99,22 @@ static void replace_stretch(struct sp_node *node, struct sp_arena *arena,
 	struct sp_mover *mover = &node->mover;
 	uint8_t *address = arena->data + stretch->page * SP_PAGE_SIZE;
 
-	if (!mover->can_share) {
+	bool sealed = atomic_load(&arena->sealed);
+
+	if (!mover->can_share && !sealed) {
 		memset(outcomes, WIRE_UNSUPPORTED, stretch->count);
 	} else if (sp_mover_was_restored(mover, arena->number, stretch->page, stretch->count)) {
 		memset(outcomes, WIRE_BUSY, stretch->count);
+	} else if (sealed && stretch->slot == WIRE_ZERO_SLOT) {
+		sp_sealed_replace(&mover->pager, address, stretch->count, -1, WIRE_ZERO_SLOT, outcomes);
 	} else if (stretch->slot == WIRE_ZERO_SLOT) {
 		sp_pager_drop_zero(&mover->pager, address, stretch->count, outcomes);
 	} else if (arena->extents.count >= mover->extents_budget) {
 		memset(outcomes, WIRE_NO_MAPPING, stretch->count);
 	} else {
-		sp_pager_replace(&mover->pager, address, stretch->count, arena->store, stretch->slot,
-				 outcomes);
+		(sealed ? sp_sealed_replace : sp_pager_replace)(&mover->pager, address,
+								stretch->count, arena->store,
+								stretch->slot, outcomes);
 		record(arena, stretch, outcomes);
 	}
 	sp_mover_serve_faults(node);

@@ -54,7 +54,7 @@ int sp_pager_init(struct sp_pager *pager, struct sp_uffds uffds, uint32_t featur
 	else if (pager->maps < 0)
 		error = pager->maps;
 	else if (pager->staging && pager->bounce && pager->page_states)
-		error = uffd_register(uffds.memory, pager->staging, length,
+		error = uffds.memory < 0 ? 0 : uffd_register(uffds.memory, pager->staging, length,
 				      UFFDIO_REGISTER_MODE_MISSING);
 	if (error)
 		sp_pager_destroy(pager);
@@ -77,6 +77,7 @@ void sp_pager_destroy(struct sp_pager *pager)
 	if (pager->maps >= 0)
 		close(pager->maps);
 	sp_uffds_close(&pager->uffds);
+	*pager = SP_PAGER_NONE;
 }
 
 void sp_pager_claim(struct sp_pager *pager)
@@ -227,8 +228,7 @@ void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, s
 	}
 }
 
-/* Map slots at a side address so that they are there, and trap on write. */
-static int map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, uint8_t **side)
+int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, uint8_t **side)
 {
 	size_t length = bytes_of(n);
 	uint8_t *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, store,
@@ -242,9 +242,9 @@ static int map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, 
 	error = sys_result(madvise(memory, length, MADV_DONTFORK));
 	if (!error)
 		error = sys_result(madvise(memory, length, MADV_POPULATE_READ));
-	if (!error)
+	if (!error && pager->uffds.store >= 0)
 		error = uffd_register(pager->uffds.store, memory, length, mode);
-	while (!error) { /* EAGAIN: an event waits to be read, which is the watcher's */
+	while (!error && pager->uffds.store >= 0) { /* EAGAIN: an event waits to be read, which is the watcher's */
 		error = uffd_writeprotect(pager->uffds.store, memory, length,
 					  UFFDIO_WRITEPROTECT_MODE_WP);
 		if (error != -EAGAIN)
@@ -300,9 +300,8 @@ static void finish(struct sp_pager *pager, uint8_t *address, size_t n, const uin
 	sp_pager_wake(pager, address, n);
 }
 
-/* Move stretches of the side mapping over the pages that compared equal, and unmap the rest. */
-static void map_over(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *side,
-		     uint8_t *outcomes)
+void sp_pager_map_over(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *side,
+		       uint8_t *outcomes)
 {
 	size_t end;
 
@@ -325,7 +324,7 @@ void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int st
 		      uint8_t *outcomes)
 {
 	uint8_t *side = NULL;
-	int error = map_side(pager, n, store, slot, &side);
+	int error = sp_pager_map_side(pager, n, store, slot, &side);
 
 	if (!error) {
 		error = sp_pager_take(pager, address, n, outcomes);
@@ -340,8 +339,24 @@ void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int st
 		if (outcomes[i] == WIRE_MERGED && memcmp(pager->staging + bytes_of(i),
 							 side + bytes_of(i), SP_PAGE_SIZE) != 0)
 			outcomes[i] = WIRE_DIFFERS;
-	map_over(pager, address, n, side, outcomes);
+	sp_pager_map_over(pager, address, n, side, outcomes);
 	finish(pager, address, n, outcomes, true);
+}
+
+bool sp_pager_is_pinned(struct sp_pager *pager, uint8_t *address, size_t n)
+{
+	uint8_t outcomes[SP_TAKE_PAGES];
+	bool pinned = false;
+
+	if (sp_pager_take(pager, address, n, outcomes))
+		return false;
+	for (size_t i = 0; i < n; i++) {
+		pinned = pinned || outcomes[i] == WIRE_PINNED;
+		if (outcomes[i] == WIRE_MERGED)
+			outcomes[i] = WIRE_DIFFERS; /* goes back */
+	}
+	finish(pager, address, n, outcomes, false);
+	return pinned;
 }
 
 void sp_pager_drop_zero(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes)

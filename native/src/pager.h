@@ -60,8 +60,12 @@ struct sp_pager {
 	atomic_uintptr_t moved_from, moved_to; /* addresses of its last one */
 };
 
+/* A pager that holds nothing; destroying it does nothing. */
+#define SP_PAGER_NONE                                                                              \
+	((struct sp_pager){.uffds = {.memory = -1, .store = -1}, .pagemap = -1, .maps = -1})
+
 /* -errno when the kernel has no UFFDIO_MOVE, remap events or write-protect faults on tmpfs. Takes
- * over `uffds`, which have `features`. */
+ * over `uffds`, which have `features`; without any (-1) the pager serves sealed arenas alone. */
 int sp_pager_init(struct sp_pager *pager, struct sp_uffds uffds, uint32_t features);
 void sp_pager_destroy(struct sp_pager *pager);
 
@@ -120,7 +124,18 @@ int sp_pager_fill(struct sp_pager *pager, uint8_t *address, const uint8_t *bytes
 /* Wake threads that wait for n pages at `address`; they look again. */
 void sp_pager_wake(struct sp_pager *pager, const uint8_t *address, size_t n);
 
-/* Between the pager's own files. */
+/* Whether one of n <= SP_TAKE_PAGES private pages is pinned for I/O. */
+bool sp_pager_is_pinned(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Between the pager's own files, and sealed.c. */
+
+/* Map slots at a side address so that they are there, and trap on write. -errno. */
+int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, uint8_t **side);
+
+/* Move stretches of the side mapping over the pages whose outcome is WIRE_MERGED, and unmap the
+ * rest; outcomes of pages that could not be mapped are set. */
+void sp_pager_map_over(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *side,
+		       uint8_t *outcomes);
 
 /* mremap() in a way that the watcher knows as the pager's own. 0 or -errno. */
 int sp_pager_remap(struct sp_pager *pager, uint8_t *from, size_t n, int flags, uint8_t *to);

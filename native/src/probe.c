@@ -136,6 +136,8 @@ int sp_probe_open(int device, uint32_t *features, struct sp_uffds *uffds)
 
 void sp_uffds_close(struct sp_uffds *uffds)
 {
-	close(uffds->memory);
-	close(uffds->store);
+	if (uffds->memory >= 0)
+		close(uffds->memory);
+	if (uffds->store >= 0)
+		close(uffds->store);
 }

@@ -6,6 +6,7 @@
 #include "kernel.h"
 #include "maps.h"
 #include "mover.h"
+#include "sealed.h"
 
 /* What the application allows itself stays as it was. */
 static void keep_protection(uint8_t *address, uint64_t count, int protection)
@@ -37,8 +38,10 @@ uint64_t sp_mover_restore_stretch(struct sp_node *node, struct sp_arena *arena,
 	if (slots.pages == 0)
 		return sp_mover_strike_out(node, arena, page, slots.foreign);
 	count = slots.pages;
-	if (sp_pager_restore(pager, address, arena->shadow + page * SP_PAGE_SIZE, count,
-			     arena->store, slot)) {
+	if (node->mover.can_share ? sp_pager_restore(pager, address,
+						     arena->shadow + page * SP_PAGE_SIZE, count,
+						     arena->store, slot)
+				  : sp_sealed_restore(address, count, arena->store, slot)) {
 		count = 1;
 		if (!leave_in_place(node, arena, page)) {
 			sp_pager_wake(pager, address, 1);

@@ -56,8 +56,10 @@ static void registered_buffer(int store)
 	CHECK(syscall(SYS_io_uring_register, ring, IORING_REGISTER_BUFFERS, &buffer, 1) == 0);
 	expect(data, store, WIRE_PINNED);
 	restore(data, store);
+	CHECK(sp_pager_is_pinned(&pager, data, N)); /* what seal() asks */
 	CHECK(syscall(SYS_io_uring_register, ring, IORING_UNREGISTER_BUFFERS, NULL, 0) == 0);
 	close(ring);
+	CHECK(!sp_pager_is_pinned(&pager, data, N));
 	expect(data, store, WIRE_MERGED);
 	unmap_arena(data, shadow, N);
 }

@@ -172,6 +172,7 @@ class Arena:
         self._name = name
         self._domain = domain
         self._size = native.arena_size(pointer)
+        self._sealed = False
         self._memory: ctypes.Array[ctypes.c_ubyte] | None = _own(connection, pointer, self._size)
 
     @property
@@ -195,15 +196,22 @@ class Arena:
         return self._memory is None or self._connection.closed
 
     @property
+    def sealed(self) -> bool:
+        """Whether it can only be read."""
+        return self._sealed
+
+    @property
     def buffer(self) -> memoryview:
-        """A writable view of the arena's bytes, for numpy.frombuffer and the like.
+        """A writable view of the arena's bytes, for numpy.frombuffer and the like; read-only once
+        the arena is sealed.
 
         Stays valid after close(), with the same bytes, for as long as anything refers to it.
 
         Raises:
             ClosedError, ForkedError: as they say.
         """
-        return memoryview(self._open()).cast("B")
+        view = memoryview(self._open()).cast("B")
+        return view.toreadonly() if self._sealed else view
 
     def share(self, timeout: float = 30.0) -> ShareReport:
         """Merge the pages that are equal to others on this host, now; wait until done.
@@ -237,6 +245,26 @@ class Arena:
         finally:
             del memory
 
+    def seal(self) -> None:
+        """Make the arena read-only for good. Its pages then merge even where the kernel has no
+        userfaultfd. Twice is fine.
+
+        Views and arrays that were taken before still say that they are writable, but **a write
+        through one of them ends the process with SIGSEGV**: drop them, and take `buffer` anew. I/O
+        into the arena must have come to its end.
+
+        Raises:
+            PinnedError: pages are pinned for I/O.
+            OutOfMemoryError: no mapping is left to do it with.
+            ClosedError, ForkedError: as they say.
+        """
+        memory = self._open()
+        try:
+            native.seal(self._pointer)
+        finally:
+            del memory
+        self._sealed = True
+
     def discard(self, offset: int, size: int) -> None:
         """Give the memory of whole pages back to the system: they read as zeros from now on.
 
@@ -246,6 +274,7 @@ class Arena:
 
         Raises:
             InvalidArgumentError: no whole pages, or not inside the arena.
+            SealedError: the arena can only be read.
             OutOfMemoryError: no mapping is left to do it with.
             ClosedError, ForkedError: as they say.
         """

@@ -9,6 +9,8 @@ SamepageError
 ├── ProtocolVersionError                upgrade the older side
 ├── OutOfMemoryError (MemoryError)      ask for less
 ├── UnsupportedKernelError              see `samepage doctor`
+├── PinnedError                         I/O is in flight: let it finish, then try again
+├── SealedError                         the arena can only be read
 ├── ClosedError (ValueError)            the arena or node is closed
 ├── ForkedError                         connect anew in the child
 └── NotFoundError (LookupError)         no arena of that name
@@ -51,6 +53,14 @@ class OutOfMemoryError(SamepageError, MemoryError):
 
 class UnsupportedKernelError(SamepageError):
     """The kernel, or this process's rights, lack a feature: see `samepage doctor`."""
+
+
+class PinnedError(SamepageError):
+    """Pages of the arena are pinned for I/O: let it finish, then try again."""
+
+
+class SealedError(SamepageError):
+    """The arena was sealed: it can only be read from then on."""
 
 
 class ClosedError(SamepageError, ValueError):

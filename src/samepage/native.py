@@ -61,6 +61,8 @@ ERRORS: Mapping[int, type[errors.SamepageError]] = {
     errno.ENOSPC: errors.OutOfMemoryError,
     errno.ENOSYS: errors.UnsupportedKernelError,
     errno.EOPNOTSUPP: errors.UnsupportedKernelError,
+    errno.EBUSY: errors.PinnedError,
+    errno.EPERM: errors.SealedError,
     errno.EBADF: errors.ClosedError,
     errno.ECHILD: errors.ForkedError,
 }
@@ -139,6 +141,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_arena_size", ctypes.c_size_t, [pointer]),
         ("sp_arena_share", number, [pointer, number, ctypes.POINTER(_ShareReport)]),
         ("sp_arena_stats", number, [pointer, ctypes.POINTER(_ArenaStats)]),
+        ("sp_arena_seal", number, [pointer]),
         ("sp_arena_discard", number, [pointer, ctypes.c_size_t, ctypes.c_size_t]),
         ("sp_arena_unshare", number, [pointer]),
         ("sp_arena_close", number, [pointer]),
@@ -259,6 +262,15 @@ def stats(arena: ArenaPointer) -> ArenaStats:
     counts = _ArenaStats()
     _check(_library().sp_arena_stats(arena, ctypes.byref(counts)))
     return ArenaStats(*(getattr(counts, name) for name in ArenaStats.__slots__))
+
+
+def seal(arena: ArenaPointer) -> None:
+    """Make the arena read-only for good; see samepage.h.
+
+    Raises:
+        PinnedError, OutOfMemoryError, ClosedError, ForkedError: as samepage.errors says.
+    """
+    _check(_library().sp_arena_seal(arena))
 
 
 def discard(arena: ArenaPointer, offset: int, size: int) -> None:

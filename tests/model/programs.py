@@ -79,6 +79,13 @@ class Discard:
 
 
 @dataclass(frozen=True)
+class Seal:
+    """arena.seal(): later steps that would write to it do nothing."""
+
+    arena: int
+
+
+@dataclass(frozen=True)
 class Fork:
     """The arena's process forks, and writes a page while its child lives."""
 
@@ -107,7 +114,19 @@ class KillDaemon:
     daemon: str
 
 
-Step = Create | Write | Poke | Share | Unshare | Discard | Fork | Close | KillProcess | KillDaemon
+Step = (
+    Create
+    | Write
+    | Poke
+    | Share
+    | Unshare
+    | Discard
+    | Seal
+    | Fork
+    | Close
+    | KillProcess
+    | KillDaemon
+)
 
 _arenas = st.integers(0, 7)
 _pages = st.integers(0, PAGES_MAX - 1)
@@ -132,6 +151,7 @@ _common = st.one_of(
     _shares,
     st.builds(Unshare, _arenas),
     st.builds(Discard, _arenas, _pages, st.integers(1, PAGES_MAX)),
+    st.builds(Seal, _arenas),
     st.builds(Fork, _arenas, _pages),
     st.builds(Close, _arenas),
 )
@@ -168,6 +188,7 @@ class ModelArena:
     Attributes:
         pages: the bytes of each.
         may: pages that may be shared.
+        sealed: it can only be read.
     """
 
     name: str
@@ -175,6 +196,7 @@ class ModelArena:
     domain: str
     pages: list[bytes]
     may: set[int] = field(default_factory=set)
+    sealed: bool = False
 
     def write(self, page: int, data: bytes) -> None:
         """A page has these bytes now, and is private."""

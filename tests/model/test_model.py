@@ -33,6 +33,7 @@ from model.programs import (
     Model,
     ModelArena,
     Poke,
+    Seal,
     Share,
     Step,
     Unshare,
@@ -136,6 +137,8 @@ def carry_out(host: Host, model: Model, step: Step) -> None:
 
 
 def _in_arena(host: Host, model: Model, arena: ModelArena, step: Step) -> None:
+    if arena.sealed and isinstance(step, Write | Poke | Discard | Fork):
+        return
     match step:
         case Write(_, page, count, number):
             page %= len(arena.pages)
@@ -162,6 +165,9 @@ def _in_arena(host: Host, model: Model, arena: ModelArena, step: Step) -> None:
             host.call(arena, "discard", page, count)
             for at in range(page, page + count):
                 arena.write(at, ZEROS)
+        case Seal():
+            host.call(arena, "seal")
+            arena.sealed = True
         case Fork(_, page):
             page %= len(arena.pages)
             host.call(arena, "write_beside_a_child", page * PAGE, pattern(400).hex())

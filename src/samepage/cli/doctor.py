@@ -31,24 +31,25 @@ _FEATURES = {
     native.Feature.USERFAULTFD: (
         "6.1",
         True,
-        "arenas work as plain memory and are not shared; scanning and reports still work. Start "
-        "the merger with access to /dev/userfaultfd: it lends it to applications",
+        "only sealed arenas are shared, others are plain memory; scanning and reports still work. "
+        "Start the merger with access to /dev/userfaultfd: it lends it to applications",
     ),
     native.Feature.MOVE: (
         "6.8",
         True,
-        "arenas that can be written are not shared; fingerprints, scanning and reports still work",
+        "only sealed arenas are shared; fingerprints, scanning and reports still work",
     ),
     native.Feature.WP_TMPFS: (
         "5.19",
         True,
-        "writes to shared pages cannot be followed, so nothing is shared; scanning still works",
+        "writes to shared pages cannot be followed, so only sealed arenas are shared; scanning "
+        "still works",
     ),
     native.Feature.REMAP: (
         "4.11",
         True,
-        "shared pages cannot be put in place in one step, so nothing is shared; scanning still "
-        "works",
+        "shared pages cannot be put in place in one step, so only sealed arenas are shared; "
+        "scanning still works",
     ),
     native.Feature.POISON: (
         "6.6",
