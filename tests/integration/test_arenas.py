@@ -327,6 +327,27 @@ async def test_discarded_pages_take_no_memory_and_read_as_zero(client: Client) -
     await client.discard("a", 8 * PAGE)
 
 
+async def test_a_sealed_arena_can_only_be_read(client: Client) -> None:
+    data = content(7, 8)
+    for name in ("a", "b"):
+        await client.create(name, len(data))
+        await client.write(name, data)
+    sealing = pb.SealArenaRequest(arena="a")
+    await asyncio.gather(client.stub.SealArena(sealing), client.stub.SealArena(sealing))
+    async with refused(Code.FAILED_PRECONDITION, "can only be read"):
+        await client.write("a", b"more")
+    async with refused(Code.FAILED_PRECONDITION, "can only be read"):
+        await client.discard("a", 0, PAGE)
+    await client.share("a")
+    stats = await client.stat("a")
+    assert (stats.shared_pages, stats.arena.sealed) == (8, True)
+    await client.write("b", b"own")
+    assert await client.read("a") == data
+    await client.delete("a")
+    await client.create("a", PAGE)
+    await client.write("a", b"anew")
+
+
 @pytest.mark.parametrize(
     ("offset", "length", "code"),
     [

@@ -80,20 +80,24 @@ class HeldArena(_message.Message):
     DOMAIN_FIELD_NUMBER: _builtins.int
     ARENA_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    SEALED_FIELD_NUMBER: _builtins.int
     domain: _builtins.str
     arena: _builtins.str
     size: _builtins.int
     """Bytes, in whole pages of 4096."""
+    sealed: _builtins.bool
+    """It can only be read."""
     def __init__(
         self,
         *,
         domain: _builtins.str = ...,
         arena: _builtins.str = ...,
         size: _builtins.int = ...,
+        sealed: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain", "sealed", b"sealed", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -382,6 +386,43 @@ class DiscardArenaResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___DiscardArenaResponse: _TypeAlias = DiscardArenaResponse  # noqa: Y015
+
+@_typing.final
+class SealArenaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    arena: _builtins.str
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        arena: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealArenaRequest: _TypeAlias = SealArenaRequest  # noqa: Y015
+
+@_typing.final
+class SealArenaResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SealArenaResponse: _TypeAlias = SealArenaResponse  # noqa: Y015
 
 @_typing.final
 class StatArenaRequest(_message.Message):

@@ -73,6 +73,11 @@ class ArenasStub:
                 request_serializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaResponse.FromString,
                 _registered_method=True)
+        self.SealArena = channel.unary_unary(
+                '/samepage.v1.Arenas/SealArena',
+                request_serializer=samepage_dot_v1_dot_arenas__pb2.SealArenaRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_arenas__pb2.SealArenaResponse.FromString,
+                _registered_method=True)
         self.StatArena = channel.unary_unary(
                 '/samepage.v1.Arenas/StatArena',
                 request_serializer=samepage_dot_v1_dot_arenas__pb2.StatArenaRequest.SerializeToString,
@@ -168,6 +173,14 @@ class ArenasServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SealArena(self, request, context):
+        """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
+        Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StatArena(self, request, context):
         """What the kernel shows of an arena's pages. Errors: NOT_FOUND.
         """
@@ -230,6 +243,11 @@ def add_ArenasServicer_to_server(servicer, server):
                     servicer.DiscardArena,
                     request_deserializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_arenas__pb2.DiscardArenaResponse.SerializeToString,
+            ),
+            'SealArena': grpc.unary_unary_rpc_method_handler(
+                    servicer.SealArena,
+                    request_deserializer=samepage_dot_v1_dot_arenas__pb2.SealArenaRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_arenas__pb2.SealArenaResponse.SerializeToString,
             ),
             'StatArena': grpc.unary_unary_rpc_method_handler(
                     servicer.StatArena,
@@ -423,6 +441,33 @@ class Arenas:
             '/samepage.v1.Arenas/DiscardArena',
             samepage_dot_v1_dot_arenas__pb2.DiscardArenaRequest.SerializeToString,
             samepage_dot_v1_dot_arenas__pb2.DiscardArenaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SealArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Arenas/SealArena',
+            samepage_dot_v1_dot_arenas__pb2.SealArenaRequest.SerializeToString,
+            samepage_dot_v1_dot_arenas__pb2.SealArenaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -85,6 +85,10 @@ class ArenasStub:
     Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
     arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
     """
+    SealArena: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.SealArenaRequest, _arenas_pb2.SealArenaResponse]
+    """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
+    Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
+    """
     StatArena: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.StatArenaRequest, _arenas_pb2.StatArenaResponse]
     """What the kernel shows of an arena's pages. Errors: NOT_FOUND."""
     ListHeldArenas: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.ListHeldArenasRequest, _arenas_pb2.ListHeldArenasResponse]
@@ -148,6 +152,10 @@ class ArenasAsyncStub(ArenasStub):
     memory until they are written again.
     Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
     arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
+    """
+    SealArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.SealArenaRequest, _arenas_pb2.SealArenaResponse]  # type: ignore[assignment]
+    """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
+    Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
     """
     StatArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.StatArenaRequest, _arenas_pb2.StatArenaResponse]  # type: ignore[assignment]
     """What the kernel shows of an arena's pages. Errors: NOT_FOUND."""
@@ -245,6 +253,16 @@ class ArenasServicer(metaclass=_abc_1.ABCMeta):
         memory until they are written again.
         Errors: NOT_FOUND, INVALID_ARGUMENT (no whole pages), OUT_OF_RANGE (it would end beyond the
         arena), RESOURCE_EXHAUSTED (the helper has no mapping left to do it with).
+        """
+
+    @_abc_1.abstractmethod
+    def SealArena(
+        self,
+        request: _arenas_pb2.SealArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_arenas_pb2.SealArenaResponse, _abc.Awaitable[_arenas_pb2.SealArenaResponse]]:
+        """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
+        Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
         """
 
     @_abc_1.abstractmethod

@@ -22,6 +22,7 @@ from samepage.errors import (
     InvalidArgumentError,
     NameTakenError,
     NotFoundError,
+    SealedError,
     ShareTimeoutError,
 )
 from samepage.reports import PAGE_SIZE, ArenaStats, ShareReport
@@ -63,6 +64,8 @@ class HeldArenas:
         self._arenas: dict[Key, Arena] = {}
         # Those that are being made too, so that calls at the same time keep to the limits.
         self._sizes: dict[Key, int] = {}
+        # Also those that are just being sealed: a write to them would be a fault.
+        self._sealed: set[Arena] = set()
         self._unfinished: set[asyncio.Task[Any]] = set()
         self._calls = ThreadPoolExecutor(_CALLS, "call")
         self._shares = ThreadPoolExecutor(_SHARES, "share")
@@ -121,8 +124,11 @@ class HeldArenas:
         Raises:
             InvalidArgumentError: they are more.
             RangeError: they would end beyond the arena.
+            SealedError: it can only be read.
             ClosedError: it was deleted.
         """
+        if arena in self._sealed:
+            raise SealedError(f"the arena {arena.name!r} is sealed: it can only be read")
         if len(data) > CHUNK_BYTES:
             raise InvalidArgumentError(
                 f"a chunk of {len(data)} bytes is too large: send at most {CHUNK_BYTES} at once"
@@ -191,6 +197,18 @@ class HeldArenas:
         """
         await _in(self._calls, arena.discard, offset, length)
 
+    async def seal(self, arena: Arena) -> None:
+        """Make an arena read-only for good; a caller that is cancelled does not stop that.
+
+        Raises:
+            PinnedError, OutOfMemoryError, ClosedError: as Arena.seal().
+        """
+        await self._to_the_end(self._seal(arena))
+
+    def is_sealed(self, arena: Arena) -> bool:
+        """Whether it can only be read."""
+        return arena in self._sealed
+
     async def stats(self, arena: Arena) -> ArenaStats:
         """Count an arena's pages by state.
 
@@ -235,9 +253,19 @@ class HeldArenas:
         self._arenas[key] = arena
         return arena
 
+    async def _seal(self, arena: Arena) -> None:
+        self._sealed.add(arena)
+        try:
+            await _in(self._calls, arena.seal)
+        except BaseException:
+            if not arena.sealed:
+                self._sealed.discard(arena)
+            raise
+
     async def _delete(self, arena: Arena) -> None:
         await _in(self._calls, arena.close)
         key = (arena.domain, arena.name)
+        self._sealed.discard(arena)
         if self._arenas.get(key) is arena:
             del self._arenas[key], self._sizes[key]
 

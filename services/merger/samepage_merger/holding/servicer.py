@@ -31,6 +31,8 @@ STATUS: tuple[tuple[type[errors.SamepageError], grpc.StatusCode], ...] = (
     (IdleError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.UnsupportedKernelError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.ProtocolVersionError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.SealedError, grpc.StatusCode.FAILED_PRECONDITION),
+    (errors.PinnedError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.ServiceUnavailableError, grpc.StatusCode.UNAVAILABLE),
     (errors.NotRunningError, grpc.StatusCode.UNAVAILABLE),
     (errors.InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
@@ -128,6 +130,14 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
             await self._held.discard(arena, request.offset, length)
             return arenas_pb2.DiscardArenaResponse()
 
+    async def SealArena(
+        self, request: arenas_pb2.SealArenaRequest, context: Context
+    ) -> arenas_pb2.SealArenaResponse:
+        """Read-only from now on."""
+        async with _Telling(context):
+            await self._held.seal(self._held.find(request.domain, request.arena))
+            return arenas_pb2.SealArenaResponse()
+
     async def StatArena(
         self, request: arenas_pb2.StatArenaRequest, context: Context
     ) -> arenas_pb2.StatArenaResponse:
@@ -208,7 +218,9 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
 
 
 def _message(arena: Arena) -> arenas_pb2.HeldArena:
-    return arenas_pb2.HeldArena(domain=arena.domain, arena=arena.name, size=arena.size)
+    return arenas_pb2.HeldArena(
+        domain=arena.domain, arena=arena.name, size=arena.size, sealed=arena.sealed
+    )
 
 
 class _Telling:
