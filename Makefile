@@ -11,6 +11,7 @@ export PYTHON
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
+SOAK_SECONDS ?= 600
 BENCH_LINES ?= bench/results/last.jsonl
 BENCH_PICTURE ?= bench/results/last.png
 PACKAGING := pyproject.toml hatch_build.py
@@ -105,6 +106,10 @@ bench-plot: $(STAMPS)/dev ## Draw what `make bench` measured last, into BENCH_PI
 model: $(STAMPS)/dev native ## Hold 5,000 random programs to a model (PYTEST_ARGS as for test)
 	@SAMEPAGE_MODEL_PROGRAMS=5000 SAMEPAGE_MODEL_SECONDS=7200 \
 	    $(BIN)/python -m pytest tests/model $(PYTEST_ARGS)
+
+.PHONY: soak
+soak: $(STAMPS)/dev native ## Ten minutes of everything at once (SOAK_SECONDS=600): nothing may grow
+	@SAMEPAGE_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/soak
 
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/

@@ -296,6 +296,44 @@ class Served:
             raise OSError(ctypes.get_errno(), call)
         return result
 
+    def change_while_shared(self, name: str, seed: int, rounds: int) -> list[int]:
+        """Protect, discard and replace parts of an arena that is shared in a loop meanwhile.
+
+        Returns the pages whose bytes are not what they must be.
+        """
+        view, pages = self.views[name], len(self.views[name]) // PAGE
+        expected, order, over = bytearray(content(seed, pages)), random.Random(seed), False
+
+        def share() -> None:
+            while not over:
+                self.arenas[name].share()
+
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            sharing = pool.submit(share)
+            for _ in range(rounds):
+                page, count = order.randrange(pages - 16), order.randrange(1, 16)
+                part = slice(page * PAGE, (page + count) * PAGE)
+                match order.randrange(4):
+                    case 0:  # read-only for a moment
+                        self.system("mprotect", name, page, count, 1)
+                        self.system("mprotect", name, page, count, 3)
+                    case 1:  # out of reach for a moment
+                        self.system("mprotect", name, page, count, 0)
+                        self.system("mprotect", name, page, count, 3)
+                    case 2:  # discarded
+                        self.arenas[name].discard(part.start, part.stop - part.start)
+                        expected[part] = bytes(count * PAGE)
+                    case 3:  # written with what others have
+                        view[part] = content(seed, pages)[part]
+                        expected[part] = content(seed, pages)[part]
+            over = True
+            sharing.result()
+        return [
+            page
+            for page in range(pages)
+            if view[page * PAGE : (page + 1) * PAGE] != expected[page * PAGE : (page + 1) * PAGE]
+        ]
+
     def reserve(self, pages: int) -> int:
         """Return where so many addresses are that nothing else uses."""
         import ctypes

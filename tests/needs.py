@@ -74,6 +74,11 @@ def go() -> str | None:
     return shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
 
 
+def _thp() -> bool:
+    enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return enabled.exists() and "[never]" not in enabled.read_text()
+
+
 def _root() -> bool:
     return os.geteuid() == 0
 
@@ -91,6 +96,7 @@ NEEDS = {
     "discard": Need(_userfaultfd(10), True, "no minor faults on tmpfs (Linux 5.14)"),
     "io_uring": Need(_io_uring, True, "no io_uring"),
     "ksm": Need(Path("/sys/kernel/mm/ksm/run").exists, True, "no kernel samepage merging"),
+    "thp": Need(_thp, True, "no transparent huge pages"),
     "root": Need(_root, False, "not run as root"),
     "redis": Need(lambda: shutil.which("redis-server") is not None, False, "no redis-server"),
     "go": Need(lambda: go() is not None, False, "no Go"),
