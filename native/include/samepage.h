@@ -83,8 +83,15 @@ int sp_connect(const char *dir, struct sp_node **node);
  * handles stay valid for sp_arena_data(), sp_arena_size() and sp_arena_free(). */
 void sp_disconnect(struct sp_node *node);
 
-/* Make an arena of `size` bytes, rounded up to whole pages, all zero. `domain` NULL means
- * "default". -EINVAL: size 0 or a bad name or domain. -ENOMEM: more than the address space or
+/* Make an arena of `size` bytes, rounded up to whole pages, all zero; it takes twice as much address
+ * space. `domain` NULL means "default".
+ *
+ * The memory is the application's: it may also be discarded (better with sp_arena_discard()),
+ * protected, locked, moved or unmapped in parts, of which what is locked or in a mapping of another
+ * kind is not merged. Only reading is a limit: what is unmapped, or protected against reading, in
+ * the some 100 us in which a scan reads just there, faults in the library's thread.
+ *
+ * -EINVAL: size 0 or a bad name or domain. -ENOMEM: more than the address space or
  * the memory of the machine. -EEXIST: the name is taken in this domain. -ENOTCONN: the merger is
  * away. -ETIMEDOUT. */
 int sp_arena_create(struct sp_node *node, const char *name, const char *domain, size_t size,

@@ -13,6 +13,7 @@
 
 #define EVENTS 16
 #define FULL_MS 1
+#define FULL_TIMES 100 /* then it reads all the same: the mover may wait for just that */
 
 uint64_t sp_faults_now(void)
 {
@@ -114,13 +115,17 @@ static void *watch(void *argument)
 				  {.fd = faults->pager->uffds.store, .events = POLLIN},
 				  {.fd = faults->stop, .events = POLLIN}};
 
+	int held = 0;
+
 	while (!(polled[2].revents & POLLIN)) {
 		/* a mover that changes a mapping waits for its event, however full it is here */
-		bool hold = is_full(faults) && !atomic_load(&faults->pager->moving);
+		bool hold = is_full(faults) && !atomic_load(&faults->pager->moving) &&
+			    held < FULL_TIMES;
 
 		if (poll(hold ? polled + 2 : polled, hold ? 1 : 3, hold ? FULL_MS : -1) < 0 &&
 		    errno != EINTR)
 			break;
+		held = hold ? held + 1 : 0;
 		for (int i = 0; i < 2 && !hold; i++)
 			if (polled[i].revents & POLLIN)
 				read_events(faults, polled[i].fd);

@@ -49,6 +49,9 @@ struct uffdio_move {
 #ifndef MREMAP_DONTUNMAP
 #define MREMAP_DONTUNMAP 4
 #endif
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22
 #endif
@@ -118,6 +121,12 @@ struct procmap_query {
 static inline int sys_result(long result)
 {
 	return result < 0 ? -errno : (int)result;
+}
+
+/* Give pages back, also where the application has locked all memory. */
+static inline int memory_drop(void *start, size_t length)
+{
+	return sys_result(madvise(start, length, MADV_DONTNEED_LOCKED));
 }
 
 static inline int uffd_open_syscall(void)

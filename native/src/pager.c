@@ -89,6 +89,8 @@ int sp_pager_adopt(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_
 {
 	*tracked = pager->tracks && !uffd_register(pager->uffds.memory, data, bytes_of(n),
 						   UFFDIO_REGISTER_MODE_WP);
+	/* not as the arena is: what mremap() moves would join it at once, and the kernel, which takes
+	 * the registration of what was moved away, would take all of the arena's */
 	return uffd_register(pager->uffds.memory, shadow, bytes_of(n),
 			     UFFDIO_REGISTER_MODE_MISSING);
 }
@@ -145,6 +147,7 @@ static uint8_t refusal(int error)
 static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes)
 {
 	size_t done = 0, length = n, moved;
+	bool cleared = false;
 	int tries = 0, error;
 
 	while (done < n) {
@@ -158,6 +161,9 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 		if (!error || moved) {
 			length = error ? 1 : n - done;
 			tries = 0;
+		} else if (error == -EEXIST && !cleared) { /* mlockall() has filled it */
+			memory_drop(pager->staging + bytes_of(done), bytes_of(n - done));
+			cleared = true;
 		} else if (length > 1) {
 			length = error == -EBUSY ? 1 : length / 2;
 		} else if (error == -EAGAIN && ++tries < BUSY_TRIES) {
@@ -287,7 +293,7 @@ static void finish(struct sp_pager *pager, uint8_t *address, size_t n, const uin
 			sp_pager_put_back(pager, address, i, end - i);
 		if (outcomes[i] != WIRE_MERGED)
 			continue;
-		madvise(pager->staging + bytes_of(i), bytes_of(end - i), MADV_DONTNEED);
+		memory_drop(pager->staging + bytes_of(i), bytes_of(end - i));
 		if (!mapped)
 			continue;
 		/* what mremap() put there is registered for writes, and must stay so */

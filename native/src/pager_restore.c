@@ -55,16 +55,22 @@ static bool may_map(void)
 static int fill_shadow(struct sp_pager *pager, uint8_t *shadow, size_t length)
 {
 	size_t done = 0, copied;
+	bool cleared = false;
 	int error = 0;
 
 	while (done < length) {
 		error = uffd_copy(pager->uffds.memory, shadow + done, pager->bounce + done,
 				  length - done, &copied);
 		done += copied;
-		if (error == -EAGAIN)
+		if (!error || copied)
+			continue;
+		if (error == -EEXIST && !cleared)
+			memory_drop(shadow + done, length - done); /* mlockall() has filled it */
+		else if (error == -EAGAIN)
 			sp_pager_back_off();
-		else if (error && !copied)
+		else
 			break;
+		cleared |= error == -EEXIST;
 	}
 	return done < length ? error : 0;
 }
@@ -92,7 +98,7 @@ int sp_pager_restore(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, 
 	if (!error)
 		error = move_over(pager, shadow, n, address);
 	if (error) {
-		madvise(shadow, length, MADV_DONTNEED);
+		memory_drop(shadow, length);
 		return error;
 	}
 	sp_pager_wake(pager, address, n);

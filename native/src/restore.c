@@ -127,7 +127,7 @@ int sp_mover_discard(struct sp_node *node, struct sp_arena *arena, uint64_t page
 		if (i == arena->extents.count || extent->page > page) {
 			if (i < arena->extents.count && extent->page - page < n)
 				n = extent->page - page;
-			error = sys_result(madvise(address, n * SP_PAGE_SIZE, MADV_DONTNEED));
+			error = memory_drop(address, n * SP_PAGE_SIZE);
 		} else {
 			error = sp_mover_discard_shared(node, arena, extent, page, &n);
 		}

@@ -9,6 +9,8 @@
 #define GROW_MAX 128	 /* pages restored for one write, at most */
 #define MAP_AGAIN_MAX 16 /* pages mapped again for one access, at most */
 
+static const uint8_t zero_page[SP_PAGE_SIZE];
+
 /* The application's own madvise(MADV_DONTNEED) of shared pages. The kernel would show the slots'
  * bytes again, so the pages become absent ones. Who touches one meanwhile waits behind this. */
 static void follow_removal(struct sp_node *node, struct sp_arena *arena, uint64_t page,
@@ -129,7 +131,8 @@ static void serve(struct sp_node *node, struct sp_arena *arena, const struct sp_
 	sp_mover_count_stall(&node->mover, fault->when);
 }
 
-/* A fault in no arena: in a mapping that the application has moved away from one. */
+/* A fault in no arena: in a mapping that the application has moved away from one, or, under
+ * mlockall(), which touches everything, in memory of the agent's own. */
 static void serve_stray(struct sp_pager *pager, const struct sp_fault *fault)
 {
 	uint8_t *address = (uint8_t *)(uintptr_t)fault->address;
@@ -139,7 +142,7 @@ static void serve_stray(struct sp_pager *pager, const struct sp_fault *fault)
 	else if (fault->kind == SP_FAULT_UNMAPPED)
 		sp_pager_map_again(pager, address, 1);
 	else if (fault->kind == SP_FAULT_MISSING)
-		sp_pager_end_missing(pager, address, 1);
+		sp_pager_fill(pager, address, zero_page, 1);
 	sp_pager_wake(pager, address, 1);
 }
 

@@ -125,6 +125,29 @@ static void fill(void)
 	munmap(bytes, 4 * SP_PAGE_SIZE);
 }
 
+/* mlockall() puts zero pages where the pager expects none. */
+static void filled_side_memory(void)
+{
+	uint8_t *shadow, *data = map_arena(&pager, 4, &shadow), outcomes[4];
+	uint8_t *zeros = map_pages(4);
+	int store = make_store(5);
+
+	memset(data, 's', 4 * SP_PAGE_SIZE);
+	for (uint64_t slot = 1; slot <= 4; slot++)
+		write_slot(store, slot, data);
+	CHECK(sp_pager_fill(&pager, at(pager.staging, 1), zeros, 2) == 0);
+	sp_pager_replace(&pager, data, 4, store, 1, outcomes);
+	for (size_t i = 0; i < 4; i++)
+		CHECK(outcomes[i] == WIRE_MERGED);
+	CHECK(sp_pager_fill(&pager, at(shadow, 2), zeros, 1) == 0);
+	CHECK(sp_pager_restore(&pager, data, shadow, 4, store, 1) == 0);
+	for (size_t i = 0; i < 4 * SP_PAGE_SIZE; i++)
+		CHECK(data[i] == 's');
+	munmap(zeros, 4 * SP_PAGE_SIZE);
+	unmap_arena(data, shadow, 4);
+	close(store);
+}
+
 int main(void)
 {
 
@@ -133,6 +156,7 @@ int main(void)
 	zero_pages();
 	protected_pages();
 	fill();
+	filled_side_memory();
 	stop_pager(&pager, &faults, &mailbox);
 	return 0;
 }
