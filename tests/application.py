@@ -209,6 +209,22 @@ class Served:
             entries = file.read(len(view) // PAGE * 8)
         return [entry >> 61 for (entry,) in struct.iter_unpack("<Q", entries)]
 
+    def pss(self, name: str) -> int:
+        """The arena's proportional set size in bytes, as /proc/self/smaps adds it up."""
+        import ctypes
+
+        view = self.views[name]
+        start = ctypes.addressof(ctypes.c_char.from_buffer(view))
+        inside, total = False, 0
+        with open("/proc/self/smaps") as file:
+            for line in file:
+                first, *rest = line.split()
+                if "-" in first:
+                    inside = start <= int(first.split("-")[0], 16) < start + len(view)
+                elif inside and first == "Pss:":
+                    total += int(rest[0]) * 1024
+        return total
+
     def mappings(self, name: str) -> list[tuple[int, int, int, int]]:
         """What /proc/self/maps says of an arena: (first page, pages, inode, first slot)."""
         import ctypes

@@ -14,7 +14,6 @@
 #define DEFAULT_DOMAIN "default"
 #define CREATE_MS 5000
 #define ACCOUNT_MS 1000
-#define STATS_CHUNK 4096 /* pages */
 
 static bool is_name(const char *name)
 {
@@ -191,23 +190,18 @@ int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_repor
 
 static int count_pages(const struct sp_arena *arena, int pagemap, struct sp_arena_stats *stats)
 {
-	uint64_t entries[STATS_CHUNK];
+	struct sp_page_counts counts = {0};
 
-	for (size_t page = 0; page < arena->pages; page += STATS_CHUNK) {
-		size_t n = arena->pages - page < STATS_CHUNK ? arena->pages - page : STATS_CHUNK;
-		int error = sp_pagemap_read(pagemap, arena->data + page * SP_PAGE_SIZE, n, entries);
+	for (size_t page = 0; page < arena->pages; page += SP_COUNT_PAGES) {
+		size_t left = arena->pages - page, n = left < SP_COUNT_PAGES ? left : SP_COUNT_PAGES;
+		int error = sp_pagemap_count(pagemap, arena->data + page * SP_PAGE_SIZE, n, &counts);
 
 		if (error)
 			return error;
-		for (size_t i = 0; i < n; i++) {
-			if (sp_pagemap_is_shared(entries[i]))
-				stats->shared_pages++;
-			else if (sp_pagemap_has_page(entries[i]))
-				stats->private_pages++;
-			else
-				stats->absent_pages++;
-		}
 	}
+	stats->private_pages = counts.private_pages;
+	stats->shared_pages = counts.shared_pages;
+	stats->absent_pages = counts.absent_pages;
 	return 0;
 }
 

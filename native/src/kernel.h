@@ -84,6 +84,7 @@ struct page_region {
 #define PAGE_IS_FILE ((uint64_t)1 << 2)
 #define PAGE_IS_PRESENT ((uint64_t)1 << 3)
 #define PAGE_IS_SWAPPED ((uint64_t)1 << 4)
+#define PAGE_IS_PFNZERO ((uint64_t)1 << 5)
 #define PM_SCAN_WP_MATCHING ((uint64_t)1 << 0)
 #endif
 #ifndef PROCMAP_QUERY
@@ -117,6 +118,7 @@ struct procmap_query {
 #define PAGEMAP_FILE ((uint64_t)1 << 61)
 #define PAGEMAP_GUARD ((uint64_t)1 << 58)
 #define PAGEMAP_UFFD_WP ((uint64_t)1 << 57)
+#define PAGEMAP_EXCLUSIVE ((uint64_t)1 << 56)
 
 static inline int sys_result(long result)
 {

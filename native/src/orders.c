@@ -209,6 +209,41 @@ static int order_restore(struct sp_node *node, struct sp_arena *arena,
 	return send_done(node, order, -error, 0);
 }
 
+/* Count with faults served in between: an arena may have millions of pages. */
+static int count_absent(struct sp_node *node, const struct sp_arena *arena, uint64_t *absent)
+{
+	struct sp_page_counts counts = {0};
+	int pagemap = sp_pagemap_open(), error = 0;
+
+	if (pagemap < 0)
+		return pagemap;
+	for (size_t page = 0; page < arena->pages && !error; page += SP_COUNT_PAGES) {
+		size_t left = arena->pages - page, n = left < SP_COUNT_PAGES ? left : SP_COUNT_PAGES;
+
+		error = sp_pagemap_count(pagemap, arena->data + page * SP_PAGE_SIZE, n, &counts);
+		sp_mover_serve_faults(node);
+	}
+	close(pagemap);
+	*absent = counts.absent_pages;
+	return error;
+}
+
+static int order_count(struct sp_node *node, const struct sp_arena *arena,
+		       const struct sp_message *order)
+{
+	struct wire_counted counted;
+	int error;
+
+	if (order->length != 0)
+		return -EPROTO;
+	if (!arena)
+		return send_done(node, order, ENOENT, 0);
+	error = count_absent(node, arena, &counted.absent);
+	if (!error && pwrite(node->mover.link.window_fd, &counted, sizeof(counted), 0) < 0)
+		error = -errno;
+	return send_done(node, order, -error, 0);
+}
+
 int sp_mover_order(struct sp_node *node, const struct sp_message *message)
 {
 	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
@@ -220,6 +255,8 @@ int sp_mover_order(struct sp_node *node, const struct sp_message *message)
 		return order_replace(node, arena, message);
 	case WIRE_RESTORE:
 		return order_restore(node, arena, message);
+	case WIRE_COUNT:
+		return order_count(node, arena, message);
 	default:
 		return -EPROTO;
 	}

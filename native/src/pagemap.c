@@ -61,3 +61,53 @@ int sp_pagemap_read(int pagemap, const void *address, size_t n, uint64_t *entrie
 	}
 	return 0;
 }
+
+/* How many of n pages map the kernel's zero page. */
+static uint64_t count_zero(int pagemap, const void *address, size_t n)
+{
+	struct page_region regions[64];
+	struct pm_scan_arg scan = {.size = sizeof(scan),
+				   .start = (uintptr_t)address,
+				   .end = (uintptr_t)address + n * SP_PAGE_SIZE,
+				   .vec = (uintptr_t)regions,
+				   .vec_len = sizeof(regions) / sizeof(*regions),
+				   .category_mask = PAGE_IS_PRESENT | PAGE_IS_PFNZERO,
+				   .return_mask = PAGE_IS_PFNZERO};
+	uint64_t count = 0;
+	int found;
+
+	while (scan.start < scan.end && (found = ioctl(pagemap, PAGEMAP_SCAN, &scan)) >= 0) {
+		for (int i = 0; i < found; i++)
+			count += (regions[i].end - regions[i].start) / SP_PAGE_SIZE;
+		scan.start = scan.walk_end;
+	}
+	return count;
+}
+
+int sp_pagemap_count(int pagemap, const void *address, size_t n, struct sp_page_counts *counts)
+{
+	uint64_t entries[SP_COUNT_PAGES], zero = 0;
+	bool may_be_zero = false;
+	int error = sp_pagemap_read(pagemap, address, n, entries);
+
+	if (error)
+		return error;
+	for (size_t i = 0; i < n; i++) {
+		if (sp_pagemap_is_shared(entries[i])) {
+			counts->shared_pages++;
+		} else if (sp_pagemap_has_page(entries[i])) {
+			counts->private_pages++;
+			may_be_zero |= !(entries[i] & (PAGEMAP_EXCLUSIVE | PAGEMAP_SWAPPED));
+		} else {
+			counts->absent_pages++;
+		}
+	}
+	if (may_be_zero)
+		zero = count_zero(pagemap, address, n);
+	/* some may have become zero pages since the entries were read */
+	if (zero > counts->private_pages)
+		zero = counts->private_pages;
+	counts->private_pages -= zero;
+	counts->absent_pages += zero;
+	return 0;
+}

@@ -10,11 +10,24 @@
 
 #include "kernel.h"
 
+#define SP_COUNT_PAGES 512 /* counted at once */
+
+/* Pages by whose memory they take. The kernel's zero page, which reading a page that is not there
+ * brings, counts as absent; without PAGEMAP_SCAN it cannot be told from a private page. */
+struct sp_page_counts {
+	uint64_t private_pages;
+	uint64_t shared_pages;
+	uint64_t absent_pages;
+};
+
 /* A descriptor, or -errno. */
 int sp_pagemap_open(void);
 
 /* The entries of n pages from `address` on. 0 or -errno. */
 int sp_pagemap_read(int pagemap, const void *address, size_t n, uint64_t *entries);
+
+/* Add n <= SP_COUNT_PAGES pages from `address` on to the counts. 0 or -errno. */
+int sp_pagemap_count(int pagemap, const void *address, size_t n, struct sp_page_counts *counts);
 
 /* The page maps a file: for an arena's page, the store. A mapping of the store that reclaim took
  * out of the page table keeps its write-protect mark. */

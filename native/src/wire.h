@@ -38,6 +38,7 @@ enum wire_type {
 	WIRE_RESTORED = 21,
 	WIRE_CHANGED = 22, /* from version 2 on */
 	WIRE_STALLS = 23,  /* likewise */
+	WIRE_COUNT = 24,   /* likewise */
 	WIRE_SHARE = 32,
 	WIRE_SHARED = 33,
 	WIRE_ACCOUNT = 34,
@@ -102,6 +103,10 @@ struct wire_range {
 struct wire_changed { /* in the window; ranges follow */
 	uint64_t told;
 	uint64_t ranges;
+};
+
+struct wire_counted { /* in the window */
+	uint64_t absent;
 };
 
 struct wire_run {

@@ -25,14 +25,28 @@ from samepage.errors import (
     ShareTimeoutError,
     UnsupportedKernelError,
 )
-from samepage.reports import ArenaInfo, ArenaStats, NodeStats, ShareReport
+from samepage.reports import (
+    Account,
+    ArenaAccount,
+    ArenaInfo,
+    ArenaStats,
+    DomainAccount,
+    HostAccount,
+    NodeStats,
+    ProcessAccount,
+    ShareReport,
+)
 
 __all__ = [
+    "Account",
     "Arena",
+    "ArenaAccount",
     "ArenaInfo",
     "ArenaStats",
     "ClosedError",
+    "DomainAccount",
     "ForkedError",
+    "HostAccount",
     "InvalidArgumentError",
     "NameTakenError",
     "Node",
@@ -41,6 +55,7 @@ __all__ = [
     "NotRunningError",
     "OutOfMemoryError",
     "PinnedError",
+    "ProcessAccount",
     "ProtocolVersionError",
     "SamepageError",
     "SealedError",

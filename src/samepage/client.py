@@ -18,7 +18,7 @@ from typing import Self
 
 from samepage import native
 from samepage.errors import ClosedError, ForkedError, InvalidArgumentError, OutOfMemoryError
-from samepage.reports import ArenaInfo, ArenaStats, NodeStats, ShareReport
+from samepage.reports import ArenaInfo, ArenaStats, HostAccount, NodeStats, ShareReport
 from samepage.sizes import check_fits, parse_size
 
 DEFAULT_DIRECTORY = "/run/samepage"
@@ -128,6 +128,19 @@ class Node:
 
         self._check_usable()
         return host.node_stats(self._directory)
+
+    def account(self) -> HostAccount:
+        """Return whose memory it is, by arena, process, domain and host; for operators, as
+        arenas().
+
+        Raises:
+            NotRunningError, ServiceUnavailableError, ClosedError, ForkedError: as arenas().
+            ProtocolVersionError: the merger is too old for accounts.
+        """
+        from samepage import host
+
+        self._check_usable()
+        return host.host_account(self._directory)
 
     def close(self) -> None:
         """End the connection and the sharing of its arenas. Views stay valid. Twice is fine.

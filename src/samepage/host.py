@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from samepage import rpc
-from samepage.reports import ArenaInfo, NodeStats
+from samepage import accounts, rpc
+from samepage.reports import ArenaInfo, HostAccount, NodeStats
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 
 
@@ -56,3 +56,16 @@ def node_stats(directory: str) -> NodeStats:
         cpu_seconds=status.cpu_seconds,
         older_agents=status.older_agents,
     )
+
+
+def host_account(directory: str) -> HostAccount:
+    """Return the host's account with all its parts.
+
+    Raises:
+        NotRunningError, ServiceUnavailableError: no merger answers.
+        ProtocolVersionError: it is too old for accounts.
+    """
+    with rpc.channel(rpc.socket_address(Path(directory), rpc.MERGER_SOCKET)) as channel:
+        stub = merger_pb2_grpc.MergerStub(channel)
+        request = merger_pb2.GetAccountsRequest()
+        return accounts.unpack(stub.GetAccounts(request, timeout=rpc.TIMEOUT_SECONDS))

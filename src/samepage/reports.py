@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 PAGE_SIZE = 4096
@@ -44,7 +45,7 @@ class ArenaStats:
         pages: all pages; the sum of the next four.
         private: this arena's own.
         shared: mapped to a shared page.
-        absent: never touched, or discarded: they take no memory and read as zero.
+        absent: never written, or discarded: they take no memory and read as zero.
         evicted: not on this host at the moment; a touch brings them back.
         saved_bytes: what sharing saves this arena: for each shared page
             4096 * (1 - 1/sharers) bytes. 0 when the merger is away.
@@ -113,3 +114,120 @@ class NodeStats:
     restored_total: int
     cpu_seconds: float
     older_agents: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Account:
+    """Whose memory it is: what some arenas take, and what sharing saves them (docs/accounts.md).
+
+    Accounts add up: each number of a whole is exactly the sum of its parts'.
+
+    Attributes:
+        pages: all pages; the sum of the next four.
+        private_pages: the arenas' own, in memory or in swap.
+        shared_pages: mapped to a shared page.
+        absent_pages: never written, or discarded, or given back for being zero: they take no
+            memory.
+        unknown_pages: not shared, and the process does not say more: it is stopped, gone, or uses
+            an older library.
+        proportional_bytes: their part of the shared pages' memory: each shared page is split
+            evenly among those that map it, to the byte.
+        saved_bytes: shared_pages * 4096 - proportional_bytes.
+    """
+
+    pages: int = 0
+    private_pages: int = 0
+    shared_pages: int = 0
+    absent_pages: int = 0
+    unknown_pages: int = 0
+    proportional_bytes: int = 0
+    saved_bytes: int = 0
+
+    @property
+    def memory_bytes(self) -> int:
+        """What they take: private pages and their part of shared ones, as the kernel's Pss."""
+        return self.private_pages * PAGE_SIZE + self.proportional_bytes
+
+
+ACCOUNT_FIELDS = tuple(Account.__dataclass_fields__)
+
+
+def total(accounts: Iterable[Account]) -> dict[str, int]:
+    """Return the sums of accounts, by field of Account."""
+    sums = dict.fromkeys(ACCOUNT_FIELDS, 0)
+    for account in accounts:
+        for name in ACCOUNT_FIELDS:
+            sums[name] += getattr(account, name)
+    return sums
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ArenaAccount(Account):
+    """The account of one arena.
+
+    Attributes:
+        name: unique in its domain on its host, but for one whose process just went.
+        domain: who may share with it.
+        agent: its process's connection, 32 hex digits.
+        pid: its process, as the merger sees it; 0 when it cannot, or when the process is away.
+        command: that process's name; empty when the merger cannot see it.
+    """
+
+    name: str
+    domain: str
+    agent: str
+    pid: int
+    command: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProcessAccount(Account):
+    """The account of one process: of its arenas, in whichever domains.
+
+    Attributes:
+        pid: as the merger sees it; 0 when it cannot (another pid namespace).
+        agent: where pid is 0, the connection that stands for the process, 32 hex digits.
+        command: the process's name; empty when the merger cannot see it.
+        arenas: how many it has.
+    """
+
+    pid: int
+    agent: str
+    command: str
+    arenas: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DomainAccount(Account):
+    """The account of one domain on a host.
+
+    Attributes:
+        name: empty when only its store is known, from before the merger's start.
+        arenas: how many it has.
+        store_bytes: memory (or swap) that its shared pages take.
+        unattributed_bytes: store_bytes - proportional_bytes: shared pages that are being made or
+            freed, or that arenas map which have not announced themselves yet. 0 at rest.
+    """
+
+    name: str
+    arenas: int
+    store_bytes: int
+    unattributed_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HostAccount(Account):
+    """The account of a host.
+
+    Attributes:
+        node: the host's name.
+        store_bytes, unattributed_bytes: the sums of its domains'.
+        domains, processes, arenas: its parts; each of the three adds up to the host.
+    """
+
+    node: str
+    store_bytes: int
+    unattributed_bytes: int
+    domains: tuple[DomainAccount, ...]
+    processes: tuple[ProcessAccount, ...]
+    arenas: tuple[ArenaAccount, ...]

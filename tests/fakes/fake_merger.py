@@ -87,6 +87,12 @@ class FakeMerger(merger_pb2_grpc.MergerServicer):
         """UNIMPLEMENTED: a scanner does not ask."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not in this merger")
 
+    async def GetAccounts(
+        self, request: merger_pb2.GetAccountsRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.GetAccountsResponse]:
+        """Nothing: a scanner does not ask."""
+        yield merger_pb2.GetAccountsResponse()
+
     async def Unshare(
         self, request: merger_pb2.UnshareRequest, context: Context
     ) -> merger_pb2.UnshareResponse:

@@ -317,6 +317,11 @@ class FakeMergingAgent:
             self._done(order, errno.ENOENT)
         elif order.type is wire.Type.READ:
             self._read(arena, order)
+        elif order.type is wire.Type.COUNT:
+            assert self._window is not None
+            absent = int(np.count_nonzero(arena.absent))
+            self._window[: wire.COUNTED_BYTES] = absent.to_bytes(wire.COUNTED_BYTES, "little")
+            self._done(order, 0)
         elif order.type is wire.Type.REPLACE:
             self._done(order, 0, self.lie(self.replace(arena, order)))
         else:
@@ -375,7 +380,7 @@ class FakeMergingAgent:
         self.send(wire.Type.DONE, order.arena, payload, order.seq)
 
 
-_ORDERS = frozenset({wire.Type.READ, wire.Type.REPLACE, wire.Type.RESTORE})
+_ORDERS = frozenset({wire.Type.READ, wire.Type.REPLACE, wire.Type.RESTORE, wire.Type.COUNT})
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

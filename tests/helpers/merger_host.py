@@ -16,6 +16,7 @@ from fakes.fake_merging_agent import FakeArena, FakeMergingAgent
 
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.wire import PAGE_SIZE
+from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
 from samepage_merger.domains import Domain, Domains
 from samepage_merger.janitor import Janitor
@@ -75,6 +76,7 @@ class MergerHost:
         self.orders = Orders(timeout)
         self.engine = MergeEngine(self.agents.find, Tools(self.orders, fingerprint))
         self.unsharer = Unsharer(self.domains, self.orders)
+        self.accountant = Accountant("host-a", self.domains, self.orders)
         self._server = PeerServer(self.path, self.agents, WINDOW_BYTES)
         self._server.start()
         self._ended = False

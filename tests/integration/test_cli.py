@@ -66,6 +66,7 @@ def test_status(up: Up) -> None:
     assert [host["merger"]["node"] for host in answer["hosts"]] == ["host-1", "host-2"]
     assert all(host["scanner"]["merger_connected"] for host in answer["hosts"])
     assert [host["arenas"]["node"] for host in answer["hosts"]] == ["host-1", "host-2"]
+    assert [host["account"]["node"] for host in answer["hosts"]] == ["host-1", "host-2"]
     assert "embedded" in answer["index"]["store"]
     table = samepage("status", "--dir", up.directory)
     assert table.returncode == 0 and "serving" in table.stdout and "host-2" in table.stdout
@@ -94,6 +95,11 @@ def test_sharing_from_the_command(up: Up, node: client.Node) -> None:
         assert arenas["one"]["host"] == "host-1" and arenas["one"]["pid"] == os.getpid()
         assert arenas["one"]["saved_bytes"] == arenas["two"]["saved_bytes"] == 2 * MIB
         assert one.buffer == two.buffer == content
+        told = samepage("status", "--dir", up.directory / "host-1", "--json")
+        account = json.loads(told.stdout)["hosts"][0]["account"]
+        assert account["saved_bytes"] == account["processes"][0]["saved_bytes"] == 4 * MIB
+        assert [arena["proportional_bytes"] for arena in account["arenas"]] == [2 * MIB] * 2
+        assert account["domains"][0]["name"] == "cli"
         table = samepage("arenas", "--dir", up.directory)
         assert table.returncode == 0 and "100%" in table.stdout
     assert json.loads(samepage("arenas", "--dir", up.directory, "--json").stdout) == []

@@ -27,6 +27,7 @@ def nodes(node: samepage.Node) -> None:
     node.create_arena("a")  # type: ignore[call-arg]
     assert_type(node.arenas(), list[samepage.ArenaInfo])
     assert_type(node.stats(), samepage.NodeStats)
+    assert_type(node.account(), samepage.HostAccount)
 
 
 def arenas(arena: samepage.Arena) -> None:
@@ -55,6 +56,7 @@ def values(
     assert_type(info.pid, int)
     assert_type(info.size, int)
     assert_type(node.cpu_seconds, float)
+    assert_type(node.older_agents, int)
     report.merged = 1  # type: ignore[misc]
 
 
@@ -63,3 +65,13 @@ def errors() -> None:
     timeout: type[TimeoutError] = samepage.ShareTimeoutError
     away: type[ConnectionError] = samepage.NotRunningError
     assert_type([taken, timeout, away], list[type[Exception]])
+
+
+def accounts(host: samepage.HostAccount) -> None:
+    assert_type(host.arenas, tuple[samepage.ArenaAccount, ...])
+    assert_type(host.processes, tuple[samepage.ProcessAccount, ...])
+    assert_type(host.domains, tuple[samepage.DomainAccount, ...])
+    assert_type(host.memory_bytes, int)
+    parts: list[samepage.Account] = [host, *host.arenas, *host.processes, *host.domains]
+    assert_type(parts[0].saved_bytes, int)
+    host.saved_bytes = 1  # type: ignore[misc]

@@ -103,6 +103,18 @@ class Orders:
             )
         return np.concatenate(outcomes)
 
+    async def count_absent(self, arena: Arena) -> int | None:
+        """Ask how many pages take no memory; None when the agent does not say."""
+        session = arena.session
+        if session is None or session.peer.version < wire.SINCE[wire.Type.COUNT]:
+            return None
+        async with session.reading:
+            try:
+                await self._send(arena, wire.Type.COUNT, b"", 0)
+            except _FailedError:
+                return None
+            return int.from_bytes(session.peer.window[: wire.COUNTED_BYTES], "little")
+
     async def _read_span(self, arena: Arena, pages: Int64s, into: Bytes) -> Outcomes:
         session = arena.session
         if session is None:

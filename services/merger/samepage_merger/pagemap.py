@@ -67,6 +67,10 @@ class PageMap:
             parts.append(np.flatnonzero(self._slots[low:high]) + low)
         return np.concatenate(parts) if parts else np.empty(0, np.int64)
 
+    def mapped_slots(self) -> npt.NDArray[np.unsignedinteger]:
+        """Return the slots that pages map, in the pages' order."""
+        return self._slots[self.mapped()]
+
     def _widen(self) -> None:
         narrow = self._slots
         pages = self.mapped()

@@ -47,6 +47,13 @@ def unique_inverse(numbers: Int64s) -> tuple[Int64s, Indices]:
     return np.unique(numbers, return_inverse=True)
 
 
+def unique_counts(numbers: Int64s) -> tuple[Int64s, Int64s]:
+    """Return the numbers ascending, each once, and how many times each was given."""
+    if ascends(numbers):
+        return numbers, np.ones(numbers.size, np.int64)
+    return np.unique(numbers, return_counts=True)
+
+
 def join(numbers: Int64s) -> tuple[Int64s, Int64s]:
     """Return first and count of the runs in ascending numbers."""
     starts = np.flatnonzero(np.diff(numbers, prepend=numbers[:1] - 2) != 1)

@@ -17,6 +17,7 @@ from samepage.daemon.peers import PeerServer
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import UNIX, Health
 from samepage.v1 import merger_pb2, merger_pb2_grpc
+from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
 from samepage_merger.config import Config
 from samepage_merger.domains import Domains
@@ -82,7 +83,12 @@ class MergerService:
         orders = Orders(config.order_timeout_seconds)
         engine = MergeEngine(agents.find, Tools(orders, self._fingerprint))
         self._servicer = MergerServicer(
-            config.node_name, domains, agents, engine, Unsharer(domains, orders)
+            config.node_name,
+            domains,
+            agents,
+            engine,
+            Unsharer(domains, orders),
+            Accountant(config.node_name, domains, orders),
         )
         self._start_peers(agents)
         self._janitor = asyncio.ensure_future(janitor.run_forever())

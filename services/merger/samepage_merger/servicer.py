@@ -10,11 +10,13 @@ from typing import Any
 import grpc
 import numpy as np
 
+from samepage import accounts
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.errors import InvalidArgumentError, NotFoundError
 from samepage.v1 import merger_pb2, merger_pb2_grpc
+from samepage_merger.accounts import Accountant, Share, split
 from samepage_merger.agents import Agents
-from samepage_merger.domains import Arena, Domains
+from samepage_merger.domains import Domains
 from samepage_merger.merging import MergeEngine, Progress
 from samepage_merger.unsharing import Unsharer
 
@@ -42,12 +44,14 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         agents: Agents,
         engine: MergeEngine,
         unsharer: Unsharer,
+        accountant: Accountant,
     ) -> None:
         self._node = node
         self._domains = domains
         self._agents = agents
         self._engine = engine
         self._unsharer = unsharer
+        self._accountant = accountant
 
     async def Merge(
         self, request: merger_pb2.MergeRequest, context: Context
@@ -67,8 +71,21 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         self, request: merger_pb2.ListArenasRequest, context: Context
     ) -> merger_pb2.ListArenasResponse:
         """Every arena by domain and name."""
-        arenas = sorted(self._domains.arenas(), key=lambda a: (a.domain.name, a.name))
-        return merger_pb2.ListArenasResponse(arenas=[_arena(arena) for arena in arenas])
+        arenas = [
+            _arena(share)
+            for domain in list(self._domains)
+            for share in await split(domain)
+            if domain.names.get(share.arena.name) is share.arena
+        ]
+        arenas.sort(key=lambda arena: (arena.domain, arena.name))
+        return merger_pb2.ListArenasResponse(arenas=arenas)
+
+    async def GetAccounts(
+        self, request: merger_pb2.GetAccountsRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.GetAccountsResponse]:
+        """Whose memory it is."""
+        for response in accounts.pack(await self._accountant.host()):
+            yield response
 
     async def Unshare(
         self, request: merger_pb2.UnshareRequest, context: Context
@@ -119,12 +136,13 @@ def _response(progress: Progress) -> merger_pb2.MergeResponse:
     )
 
 
-def _arena(arena: Arena) -> merger_pb2.Arena:
+def _arena(share: Share) -> merger_pb2.Arena:
+    arena = share.arena
     return merger_pb2.Arena(
         name=arena.name,
         domain=arena.domain.name,
-        pid=arena.session.peer.pid if arena.session is not None else 0,
+        pid=share.pid,
         pages=arena.pages,
-        shared_pages=arena.map.shared,
-        saved_bytes=arena.domain.books.saved_bytes(arena.map),
+        shared_pages=share.shared,
+        saved_bytes=share.saved_bytes,
     )

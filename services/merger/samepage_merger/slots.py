@@ -44,6 +44,11 @@ class SlotTable:
         slots: Int64s = self._slots[: self._used][self._references[: self._used] != _DEAD]
         return slots
 
+    def counts(self) -> tuple[Int64s, npt.NDArray[np.int32]]:
+        """Return copies of all entries' slots, ascending, and references (those of dead ones
+        mean nothing)."""
+        return self._slots[: self._used].copy(), self._references[: self._used].copy()
+
     def total_references(self) -> int:
         """Return the sum of all slots' references."""
         return int(self._references[: self._used].sum(dtype=np.int64)) + self._dead

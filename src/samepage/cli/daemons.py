@@ -10,7 +10,7 @@ from samepage import host as merger
 from samepage import rpc
 from samepage.cli.places import Host
 from samepage.errors import SamepageError
-from samepage.reports import NodeStats, ShareReport
+from samepage.reports import HostAccount, NodeStats, ShareReport
 from samepage.v1 import (
     arenas_pb2,
     arenas_pb2_grpc,
@@ -114,6 +114,7 @@ class HostStatus:
 
     host: Host
     merger: NodeStats | None
+    account: HostAccount | None
     scanner: ScannerStats | None
     arenas: ArenasServiceStats | None
     errors: tuple[str, ...]
@@ -123,10 +124,12 @@ def host_status(host: Host) -> HostStatus:
     """Ask the daemons of a host; never raises for one that is away."""
     found: list[str] = []
     merger_stats: NodeStats | None = None
+    account: HostAccount | None = None
     scanner: ScannerStats | None = None
     arenas: ArenasServiceStats | None = None
     try:
         merger_stats = merger.node_stats(str(host.directory))
+        account = merger.host_account(str(host.directory))
     except SamepageError as error:
         found.append(str(error))
     try:
@@ -138,7 +141,7 @@ def host_status(host: Host) -> HostStatus:
             arenas = arenas_service_stats(host)
         except SamepageError as error:
             found.append(str(error))
-    return HostStatus(host, merger_stats, scanner, arenas, tuple(found))
+    return HostStatus(host, merger_stats, account, scanner, arenas, tuple(found))
 
 
 def has_arenas_service(host: Host) -> bool:

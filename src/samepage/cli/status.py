@@ -56,6 +56,7 @@ def _to_json(
                 "merger": dataclasses.asdict(host.merger) if host.merger else None,
                 "scanner": dataclasses.asdict(host.scanner) if host.scanner else None,
                 "arenas": dataclasses.asdict(host.arenas) if host.arenas else None,
+                "account": dataclasses.asdict(host.account) if host.account else None,
             }
             for host in hosts
         ],

@@ -34,6 +34,7 @@ STALLS = struct.Struct(f"<{STALL_BUCKETS}Q")
 DONE = struct.Struct("<iI")
 SHARED = struct.Struct("<10Q")
 ACCOUNTED = struct.Struct("<QQ")
+COUNTED_BYTES = 8
 
 EXTENT = np.dtype([("page", "<u8"), ("count", "<u8"), ("slot", "<u8")])
 RANGE = np.dtype([("page", "<u8"), ("count", "<u8")])
@@ -57,13 +58,15 @@ class Type(enum.IntEnum):
     RESTORED = 21
     CHANGED = 22
     STALLS = 23
+    COUNT = 24
     SHARE = 32
     SHARED = 33
     ACCOUNT = 34
     ACCOUNTED = 35
 
 
-_SINCE = {Type.CHANGED: 2, Type.STALLS: 2}
+#: Messages that older versions of the protocol lack.
+SINCE = {Type.CHANGED: 2, Type.STALLS: 2, Type.COUNT: 2}
 
 
 class Outcome(enum.IntEnum):
@@ -137,7 +140,7 @@ def parse(packet: bytes) -> Message:
         message = Message(Type(kind), seq, arena, packet[HEADER.size :], version)
     except ValueError as error:
         raise ProtocolError(f"unknown message type {kind}") from error
-    if version < _SINCE.get(message.type, version):
+    if version < SINCE.get(message.type, version):
         raise ProtocolError(f"{message.type.name} is not in version {version}")
     return message
 

@@ -464,7 +464,7 @@ class StatArenaResponse(_message.Message):
     shared_pages: _builtins.int
     """Mapped to a shared page."""
     absent_pages: _builtins.int
-    """Never touched, or discarded: they take no memory and read as zero."""
+    """Never written, or discarded: they take no memory and read as zero."""
     evicted_pages: _builtins.int
     """Not on this host at the moment; a touch brings them back."""
     saved_bytes: _builtins.int

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18samepage/v1/merger.proto\x12\x0bsamepage.v1\"(\n\x08\x41renaKey\x12\r\n\x05\x61gent\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\r\"S\n\x0cMergeRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12%\n\x06\x61renas\x18\x02 \x03(\x0b\x32\x15.samepage.v1.ArenaKey\x12\x0c\n\x04runs\x18\x03 \x01(\x0c\"^\n\rMergeResponse\x12+\n\x08outcomes\x18\x01 \x03(\x0b\x32\x19.samepage.v1.ArenaOutcome\x12\x12\n\npages_done\x18\x02 \x01(\x04\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"\xa3\x01\n\x0c\x41renaOutcome\x12\r\n\x05\x61rena\x18\x01 \x01(\r\x12\x0e\n\x06merged\x18\x02 \x01(\x04\x12\x0f\n\x07\x64iffers\x18\x03 \x01(\x04\x12\x0e\n\x06pinned\x18\x04 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x05 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x06 \x01(\x04\x12\x12\n\nno_mapping\x18\x07 \x01(\x04\x12\x13\n\x0bunsupported\x18\x08 \x01(\x04\x12\x0c\n\x04gone\x18\t \x01(\x04\"\x13\n\x11ListArenasRequest\"8\n\x12ListArenasResponse\x12\"\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x12.samepage.v1.Arena\"l\n\x05\x41rena\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\x14\n\x0cshared_pages\x18\x05 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x06 \x01(\x04\"/\n\x0eUnshareRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"#\n\x0fUnshareResponse\x12\x10\n\x08restored\x18\x01 \x01(\x04\"\x18\n\x16GetMergerStatusRequest\"\xef\x01\n\x17GetMergerStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x61gents\x18\x02 \x01(\r\x12\x0e\n\x06\x61renas\x18\x03 \x01(\r\x12\x14\n\x0cshared_pages\x18\x04 \x01(\x04\x12\r\n\x05slots\x18\x05 \x01(\x04\x12\x13\n\x0bstore_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x07 \x01(\x04\x12\x14\n\x0cmerged_total\x18\x08 \x01(\x04\x12\x16\n\x0erestored_total\x18\t \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\n \x01(\x01\x12\x14\n\x0colder_agents\x18\x0b \x01(\r2\xbd\x02\n\x06Merger\x12@\n\x05Merge\x12\x19.samepage.v1.MergeRequest\x1a\x1a.samepage.v1.MergeResponse0\x01\x12M\n\nListArenas\x12\x1e.samepage.v1.ListArenasRequest\x1a\x1f.samepage.v1.ListArenasResponse\x12\x44\n\x07Unshare\x12\x1b.samepage.v1.UnshareRequest\x1a\x1c.samepage.v1.UnshareResponse\x12\\\n\x0fGetMergerStatus\x12#.samepage.v1.GetMergerStatusRequest\x1a$.samepage.v1.GetMergerStatusResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x18samepage/v1/merger.proto\x12\x0bsamepage.v1\"(\n\x08\x41renaKey\x12\r\n\x05\x61gent\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\r\"S\n\x0cMergeRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12%\n\x06\x61renas\x18\x02 \x03(\x0b\x32\x15.samepage.v1.ArenaKey\x12\x0c\n\x04runs\x18\x03 \x01(\x0c\"^\n\rMergeResponse\x12+\n\x08outcomes\x18\x01 \x03(\x0b\x32\x19.samepage.v1.ArenaOutcome\x12\x12\n\npages_done\x18\x02 \x01(\x04\x12\x0c\n\x04\x64one\x18\x03 \x01(\x08\"\xa3\x01\n\x0c\x41renaOutcome\x12\r\n\x05\x61rena\x18\x01 \x01(\r\x12\x0e\n\x06merged\x18\x02 \x01(\x04\x12\x0f\n\x07\x64iffers\x18\x03 \x01(\x04\x12\x0e\n\x06pinned\x18\x04 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x05 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x06 \x01(\x04\x12\x12\n\nno_mapping\x18\x07 \x01(\x04\x12\x13\n\x0bunsupported\x18\x08 \x01(\x04\x12\x0c\n\x04gone\x18\t \x01(\x04\"\x14\n\x12GetAccountsRequest\"\xc5\x01\n\x13GetAccountsResponse\x12)\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x19.samepage.v1.ArenaAccount\x12.\n\tprocesses\x18\x02 \x03(\x0b\x32\x1b.samepage.v1.ProcessAccount\x12+\n\x07\x64omains\x18\x03 \x03(\x0b\x32\x1a.samepage.v1.DomainAccount\x12&\n\x04host\x18\x04 \x01(\x0b\x32\x18.samepage.v1.HostAccount\"\xa3\x01\n\x07\x41\x63\x63ount\x12\r\n\x05pages\x18\x01 \x01(\x04\x12\x15\n\rprivate_pages\x18\x02 \x01(\x04\x12\x14\n\x0cshared_pages\x18\x03 \x01(\x04\x12\x14\n\x0c\x61\x62sent_pages\x18\x04 \x01(\x04\x12\x15\n\runknown_pages\x18\x05 \x01(\x04\x12\x1a\n\x12proportional_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x07 \x01(\x04\"\x80\x01\n\x0c\x41renaAccount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\x0b\n\x03pid\x18\x04 \x01(\r\x12\x0f\n\x07\x63ommand\x18\x05 \x01(\t\x12%\n\x07\x61\x63\x63ount\x18\x06 \x01(\x0b\x32\x14.samepage.v1.Account\"t\n\x0eProcessAccount\x12\x0b\n\x03pid\x18\x01 \x01(\r\x12\r\n\x05\x61gent\x18\x02 \x01(\x0c\x12\x0f\n\x07\x63ommand\x18\x03 \x01(\t\x12\x0e\n\x06\x61renas\x18\x04 \x01(\r\x12%\n\x07\x61\x63\x63ount\x18\x05 \x01(\x0b\x32\x14.samepage.v1.Account\"\x85\x01\n\rDomainAccount\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x61renas\x18\x02 \x01(\r\x12%\n\x07\x61\x63\x63ount\x18\x03 \x01(\x0b\x32\x14.samepage.v1.Account\x12\x13\n\x0bstore_bytes\x18\x04 \x01(\x04\x12\x1a\n\x12unattributed_bytes\x18\x05 \x01(\x03\"s\n\x0bHostAccount\x12\x0c\n\x04node\x18\x01 \x01(\t\x12%\n\x07\x61\x63\x63ount\x18\x02 \x01(\x0b\x32\x14.samepage.v1.Account\x12\x13\n\x0bstore_bytes\x18\x03 \x01(\x04\x12\x1a\n\x12unattributed_bytes\x18\x04 \x01(\x03\"\x13\n\x11ListArenasRequest\"8\n\x12ListArenasResponse\x12\"\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x12.samepage.v1.Arena\"l\n\x05\x41rena\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\x14\n\x0cshared_pages\x18\x05 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x06 \x01(\x04\"/\n\x0eUnshareRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\"#\n\x0fUnshareResponse\x12\x10\n\x08restored\x18\x01 \x01(\x04\"\x18\n\x16GetMergerStatusRequest\"\xef\x01\n\x17GetMergerStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x61gents\x18\x02 \x01(\r\x12\x0e\n\x06\x61renas\x18\x03 \x01(\r\x12\x14\n\x0cshared_pages\x18\x04 \x01(\x04\x12\r\n\x05slots\x18\x05 \x01(\x04\x12\x13\n\x0bstore_bytes\x18\x06 \x01(\x04\x12\x13\n\x0bsaved_bytes\x18\x07 \x01(\x04\x12\x14\n\x0cmerged_total\x18\x08 \x01(\x04\x12\x16\n\x0erestored_total\x18\t \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\n \x01(\x01\x12\x14\n\x0colder_agents\x18\x0b \x01(\r2\x91\x03\n\x06Merger\x12@\n\x05Merge\x12\x19.samepage.v1.MergeRequest\x1a\x1a.samepage.v1.MergeResponse0\x01\x12R\n\x0bGetAccounts\x12\x1f.samepage.v1.GetAccountsRequest\x1a .samepage.v1.GetAccountsResponse0\x01\x12M\n\nListArenas\x12\x1e.samepage.v1.ListArenasRequest\x1a\x1f.samepage.v1.ListArenasResponse\x12\x44\n\x07Unshare\x12\x1b.samepage.v1.UnshareRequest\x1a\x1c.samepage.v1.UnshareResponse\x12\\\n\x0fGetMergerStatus\x12#.samepage.v1.GetMergerStatusRequest\x1a$.samepage.v1.GetMergerStatusResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,20 +39,34 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_MERGERESPONSE']._serialized_end=262
   _globals['_ARENAOUTCOME']._serialized_start=265
   _globals['_ARENAOUTCOME']._serialized_end=428
-  _globals['_LISTARENASREQUEST']._serialized_start=430
-  _globals['_LISTARENASREQUEST']._serialized_end=449
-  _globals['_LISTARENASRESPONSE']._serialized_start=451
-  _globals['_LISTARENASRESPONSE']._serialized_end=507
-  _globals['_ARENA']._serialized_start=509
-  _globals['_ARENA']._serialized_end=617
-  _globals['_UNSHAREREQUEST']._serialized_start=619
-  _globals['_UNSHAREREQUEST']._serialized_end=666
-  _globals['_UNSHARERESPONSE']._serialized_start=668
-  _globals['_UNSHARERESPONSE']._serialized_end=703
-  _globals['_GETMERGERSTATUSREQUEST']._serialized_start=705
-  _globals['_GETMERGERSTATUSREQUEST']._serialized_end=729
-  _globals['_GETMERGERSTATUSRESPONSE']._serialized_start=732
-  _globals['_GETMERGERSTATUSRESPONSE']._serialized_end=971
-  _globals['_MERGER']._serialized_start=974
-  _globals['_MERGER']._serialized_end=1291
+  _globals['_GETACCOUNTSREQUEST']._serialized_start=430
+  _globals['_GETACCOUNTSREQUEST']._serialized_end=450
+  _globals['_GETACCOUNTSRESPONSE']._serialized_start=453
+  _globals['_GETACCOUNTSRESPONSE']._serialized_end=650
+  _globals['_ACCOUNT']._serialized_start=653
+  _globals['_ACCOUNT']._serialized_end=816
+  _globals['_ARENAACCOUNT']._serialized_start=819
+  _globals['_ARENAACCOUNT']._serialized_end=947
+  _globals['_PROCESSACCOUNT']._serialized_start=949
+  _globals['_PROCESSACCOUNT']._serialized_end=1065
+  _globals['_DOMAINACCOUNT']._serialized_start=1068
+  _globals['_DOMAINACCOUNT']._serialized_end=1201
+  _globals['_HOSTACCOUNT']._serialized_start=1203
+  _globals['_HOSTACCOUNT']._serialized_end=1318
+  _globals['_LISTARENASREQUEST']._serialized_start=1320
+  _globals['_LISTARENASREQUEST']._serialized_end=1339
+  _globals['_LISTARENASRESPONSE']._serialized_start=1341
+  _globals['_LISTARENASRESPONSE']._serialized_end=1397
+  _globals['_ARENA']._serialized_start=1399
+  _globals['_ARENA']._serialized_end=1507
+  _globals['_UNSHAREREQUEST']._serialized_start=1509
+  _globals['_UNSHAREREQUEST']._serialized_end=1556
+  _globals['_UNSHARERESPONSE']._serialized_start=1558
+  _globals['_UNSHARERESPONSE']._serialized_end=1593
+  _globals['_GETMERGERSTATUSREQUEST']._serialized_start=1595
+  _globals['_GETMERGERSTATUSREQUEST']._serialized_end=1619
+  _globals['_GETMERGERSTATUSRESPONSE']._serialized_start=1622
+  _globals['_GETMERGERSTATUSRESPONSE']._serialized_end=1861
+  _globals['_MERGER']._serialized_start=1864
+  _globals['_MERGER']._serialized_end=2265
 # @@protoc_insertion_point(module_scope)

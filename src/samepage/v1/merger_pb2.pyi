@@ -153,6 +153,253 @@ class ArenaOutcome(_message.Message):
 Global___ArenaOutcome: _TypeAlias = ArenaOutcome  # noqa: Y015
 
 @_typing.final
+class GetAccountsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAccountsRequest: _TypeAlias = GetAccountsRequest  # noqa: Y015
+
+@_typing.final
+class GetAccountsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ARENAS_FIELD_NUMBER: _builtins.int
+    PROCESSES_FIELD_NUMBER: _builtins.int
+    DOMAINS_FIELD_NUMBER: _builtins.int
+    HOST_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def arenas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArenaAccount]:
+        """Ordered by domain and name."""
+
+    @_builtins.property
+    def processes(self) -> _containers.RepeatedCompositeFieldContainer[Global___ProcessAccount]:
+        """Ordered by pid; sums of their arenas."""
+
+    @_builtins.property
+    def domains(self) -> _containers.RepeatedCompositeFieldContainer[Global___DomainAccount]:
+        """Ordered by name; sums of their arenas."""
+
+    @_builtins.property
+    def host(self) -> Global___HostAccount:
+        """The sum of all arenas. In the last response alone."""
+
+    def __init__(
+        self,
+        *,
+        arenas: _abc.Iterable[Global___ArenaAccount] | None = ...,
+        processes: _abc.Iterable[Global___ProcessAccount] | None = ...,
+        domains: _abc.Iterable[Global___DomainAccount] | None = ...,
+        host: Global___HostAccount | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host", b"host"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "domains", b"domains", "host", b"host", "processes", b"processes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetAccountsResponse: _TypeAlias = GetAccountsResponse  # noqa: Y015
+
+@_typing.final
+class Account(_message.Message):
+    """What some arenas take. The numbers of a whole are exactly the sums of its parts'."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    PRIVATE_PAGES_FIELD_NUMBER: _builtins.int
+    SHARED_PAGES_FIELD_NUMBER: _builtins.int
+    ABSENT_PAGES_FIELD_NUMBER: _builtins.int
+    UNKNOWN_PAGES_FIELD_NUMBER: _builtins.int
+    PROPORTIONAL_BYTES_FIELD_NUMBER: _builtins.int
+    SAVED_BYTES_FIELD_NUMBER: _builtins.int
+    pages: _builtins.int
+    """All pages: the sum of the next four."""
+    private_pages: _builtins.int
+    """The arenas' own, in memory or in swap."""
+    shared_pages: _builtins.int
+    """Mapped to a slot."""
+    absent_pages: _builtins.int
+    """Never written, or discarded, or given back for being zero: they take no memory."""
+    unknown_pages: _builtins.int
+    """Not shared, and the process does not say more: it is stopped, its connection broke, or its
+    library is of an older version.
+    """
+    proportional_bytes: _builtins.int
+    """Bytes of the store that are theirs: each slot split evenly among the pages that map it, so
+    that the parts add up to 4096.
+    """
+    saved_bytes: _builtins.int
+    """shared_pages * 4096 - proportional_bytes."""
+    def __init__(
+        self,
+        *,
+        pages: _builtins.int = ...,
+        private_pages: _builtins.int = ...,
+        shared_pages: _builtins.int = ...,
+        absent_pages: _builtins.int = ...,
+        unknown_pages: _builtins.int = ...,
+        proportional_bytes: _builtins.int = ...,
+        saved_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent_pages", b"absent_pages", "pages", b"pages", "private_pages", b"private_pages", "proportional_bytes", b"proportional_bytes", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "unknown_pages", b"unknown_pages"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Account: _TypeAlias = Account  # noqa: Y015
+
+@_typing.final
+class ArenaAccount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    PID_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    domain: _builtins.str
+    agent: _builtins.bytes
+    """The agent's number, 16 bytes."""
+    pid: _builtins.int
+    """Process id as the merger sees it, 0 when it cannot, or when the process is away."""
+    command: _builtins.str
+    """The process's name, empty when the merger cannot see it."""
+    @_builtins.property
+    def account(self) -> Global___Account: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        domain: _builtins.str = ...,
+        agent: _builtins.bytes = ...,
+        pid: _builtins.int = ...,
+        command: _builtins.str = ...,
+        account: Global___Account | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "agent", b"agent", "command", b"command", "domain", b"domain", "name", b"name", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ArenaAccount: _TypeAlias = ArenaAccount  # noqa: Y015
+
+@_typing.final
+class ProcessAccount(_message.Message):
+    """All agents of a process together; one agent where the merger sees no process id."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    COMMAND_FIELD_NUMBER: _builtins.int
+    ARENAS_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """Process id as the merger sees it, 0 when it cannot."""
+    agent: _builtins.bytes
+    """The agent's number, 16 bytes, where pid is 0; else empty."""
+    command: _builtins.str
+    """Empty when the merger cannot see it."""
+    arenas: _builtins.int
+    @_builtins.property
+    def account(self) -> Global___Account: ...
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        agent: _builtins.bytes = ...,
+        command: _builtins.str = ...,
+        arenas: _builtins.int = ...,
+        account: Global___Account | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "agent", b"agent", "arenas", b"arenas", "command", b"command", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ProcessAccount: _TypeAlias = ProcessAccount  # noqa: Y015
+
+@_typing.final
+class DomainAccount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NAME_FIELD_NUMBER: _builtins.int
+    ARENAS_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_FIELD_NUMBER: _builtins.int
+    UNATTRIBUTED_BYTES_FIELD_NUMBER: _builtins.int
+    name: _builtins.str
+    """Empty when only its store is known, from before the merger's start."""
+    arenas: _builtins.int
+    store_bytes: _builtins.int
+    """Bytes of its store, as the block count tells."""
+    unattributed_bytes: _builtins.int
+    """store_bytes less account.proportional_bytes: slots that are being filled or freed, or that
+    arenas map which have not announced themselves yet. 0 at rest.
+    """
+    @_builtins.property
+    def account(self) -> Global___Account: ...
+    def __init__(
+        self,
+        *,
+        name: _builtins.str = ...,
+        arenas: _builtins.int = ...,
+        account: Global___Account | None = ...,
+        store_bytes: _builtins.int = ...,
+        unattributed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "arenas", b"arenas", "name", b"name", "store_bytes", b"store_bytes", "unattributed_bytes", b"unattributed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DomainAccount: _TypeAlias = DomainAccount  # noqa: Y015
+
+@_typing.final
+class HostAccount(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    NODE_FIELD_NUMBER: _builtins.int
+    ACCOUNT_FIELD_NUMBER: _builtins.int
+    STORE_BYTES_FIELD_NUMBER: _builtins.int
+    UNATTRIBUTED_BYTES_FIELD_NUMBER: _builtins.int
+    node: _builtins.str
+    store_bytes: _builtins.int
+    """Sums of the domains'."""
+    unattributed_bytes: _builtins.int
+    @_builtins.property
+    def account(self) -> Global___Account: ...
+    def __init__(
+        self,
+        *,
+        node: _builtins.str = ...,
+        account: Global___Account | None = ...,
+        store_bytes: _builtins.int = ...,
+        unattributed_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["account", b"account"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["account", b"account", "node", b"node", "store_bytes", b"store_bytes", "unattributed_bytes", b"unattributed_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostAccount: _TypeAlias = HostAccount  # noqa: Y015
+
+@_typing.final
 class ListArenasRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -205,7 +452,9 @@ class Arena(_message.Message):
     shared_pages: _builtins.int
     """Pages that map a slot, by the merger's books."""
     saved_bytes: _builtins.int
-    """Bytes that sharing saves this arena: for each shared page 4096 * (1 - 1/sharers)."""
+    """Bytes that sharing saves this arena: for each shared page 4096 * (1 - 1/sharers), as in its
+    account.
+    """
     def __init__(
         self,
         *,

@@ -39,6 +39,11 @@ class MergerStub:
                 request_serializer=samepage_dot_v1_dot_merger__pb2.MergeRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_merger__pb2.MergeResponse.FromString,
                 _registered_method=True)
+        self.GetAccounts = channel.unary_stream(
+                '/samepage.v1.Merger/GetAccounts',
+                request_serializer=samepage_dot_v1_dot_merger__pb2.GetAccountsRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_merger__pb2.GetAccountsResponse.FromString,
+                _registered_method=True)
         self.ListArenas = channel.unary_unary(
                 '/samepage.v1.Merger/ListArenas',
                 request_serializer=samepage_dot_v1_dot_merger__pb2.ListArenasRequest.SerializeToString,
@@ -63,6 +68,16 @@ class MergerServicer:
         """Make candidates one. Responses come as the work goes on; the last one has `done`.
         Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record).
         An arena that is gone, or that belongs to another domain, is skipped and counted.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def GetAccounts(self, request, context):
+        """Whose memory it is: what arenas, processes, domains and the host take, and what sharing saves
+        them (docs/accounts.md). Numbers of one domain are of one instant. The responses together are
+        the account; the last one has `host`. Agents that are asked and do not answer delay it by at
+        most the merger's order_timeout_seconds. Errors: none of its own.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -94,6 +109,11 @@ def add_MergerServicer_to_server(servicer, server):
                     servicer.Merge,
                     request_deserializer=samepage_dot_v1_dot_merger__pb2.MergeRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_merger__pb2.MergeResponse.SerializeToString,
+            ),
+            'GetAccounts': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetAccounts,
+                    request_deserializer=samepage_dot_v1_dot_merger__pb2.GetAccountsRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_merger__pb2.GetAccountsResponse.SerializeToString,
             ),
             'ListArenas': grpc.unary_unary_rpc_method_handler(
                     servicer.ListArenas,
@@ -138,6 +158,33 @@ class Merger:
             '/samepage.v1.Merger/Merge',
             samepage_dot_v1_dot_merger__pb2.MergeRequest.SerializeToString,
             samepage_dot_v1_dot_merger__pb2.MergeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetAccounts(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/samepage.v1.Merger/GetAccounts',
+            samepage_dot_v1_dot_merger__pb2.GetAccountsRequest.SerializeToString,
+            samepage_dot_v1_dot_merger__pb2.GetAccountsResponse.FromString,
             options,
             channel_credentials,
             insecure,

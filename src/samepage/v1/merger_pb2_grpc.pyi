@@ -36,6 +36,12 @@ class MergerStub:
     Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record).
     An arena that is gone, or that belongs to another domain, is skipped and counted.
     """
+    GetAccounts: _grpc.UnaryStreamMultiCallable[_merger_pb2.GetAccountsRequest, _merger_pb2.GetAccountsResponse]
+    """Whose memory it is: what arenas, processes, domains and the host take, and what sharing saves
+    them (docs/accounts.md). Numbers of one domain are of one instant. The responses together are
+    the account; the last one has `host`. Agents that are asked and do not answer delay it by at
+    most the merger's order_timeout_seconds. Errors: none of its own.
+    """
     ListArenas: _grpc.UnaryUnaryMultiCallable[_merger_pb2.ListArenasRequest, _merger_pb2.ListArenasResponse]
     Unshare: _grpc.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
@@ -48,6 +54,12 @@ class MergerAsyncStub(MergerStub):
     """Make candidates one. Responses come as the work goes on; the last one has `done`.
     Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record).
     An arena that is gone, or that belongs to another domain, is skipped and counted.
+    """
+    GetAccounts: _aio.UnaryStreamMultiCallable[_merger_pb2.GetAccountsRequest, _merger_pb2.GetAccountsResponse]  # type: ignore[assignment]
+    """Whose memory it is: what arenas, processes, domains and the host take, and what sharing saves
+    them (docs/accounts.md). Numbers of one domain are of one instant. The responses together are
+    the account; the last one has `host`. Agents that are asked and do not answer delay it by at
+    most the merger's order_timeout_seconds. Errors: none of its own.
     """
     ListArenas: _aio.UnaryUnaryMultiCallable[_merger_pb2.ListArenasRequest, _merger_pb2.ListArenasResponse]  # type: ignore[assignment]
     Unshare: _aio.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]  # type: ignore[assignment]
@@ -64,6 +76,18 @@ class MergerServicer(metaclass=_abc_1.ABCMeta):
         """Make candidates one. Responses come as the work goes on; the last one has `done`.
         Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record).
         An arena that is gone, or that belongs to another domain, is skipped and counted.
+        """
+
+    @_abc_1.abstractmethod
+    def GetAccounts(
+        self,
+        request: _merger_pb2.GetAccountsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_merger_pb2.GetAccountsResponse], _abc.AsyncIterator[_merger_pb2.GetAccountsResponse]]:
+        """Whose memory it is: what arenas, processes, domains and the host take, and what sharing saves
+        them (docs/accounts.md). Numbers of one domain are of one instant. The responses together are
+        the account; the last one has `host`. Agents that are asked and do not answer delay it by at
+        most the merger's order_timeout_seconds. Errors: none of its own.
         """
 
     @_abc_1.abstractmethod
