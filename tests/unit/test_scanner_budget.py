@@ -7,6 +7,7 @@ import os
 
 import pytest
 
+from samepage.daemon.peers import Peer
 from samepage.daemon.policies import Policies
 from samepage.v1.scanner_pb2 import ScannerPolicy
 from samepage_scanner import budget as module
@@ -101,9 +102,12 @@ async def test_threads_that_cannot_be_seen_cost_all_the_time(
     clock: Clock, policies: Policies[Config]
 ) -> None:
     budget = Budget(policies, asyncio.Event())
-    agent = Agent.__new__(Agent)
-    agent.threads = Threads(0)
-    with budget.watch([agent]):
+    agents = []
+    for pid in (0, 0, -1):
+        peer = Peer.__new__(Peer)
+        peer.pid = pid
+        agents.append(Agent(peer, Threads(pid)))
+    with budget.watch(agents):
         clock.now += 0.3
     clock.now += 60 - 0.3
     assert budget.percent == pytest.approx(100 * 0.3 / 60)

@@ -58,15 +58,22 @@ class Budget:
     def watch(self, agents: Collection[Agent]) -> Iterator[None]:
         """Charge what the agents' threads spend meanwhile; where that cannot be seen, all the
         time that it takes."""
-        before = [agent.threads.cpu_seconds() for agent in agents]
+        # Agents of one process have their threads in common.
+        threads = {agent.peer.pid: agent.threads for agent in agents}.values()
+        before = [each.cpu_seconds() for each in threads]
         began = _now()
         try:
             yield
         finally:
             elapsed = _now() - began
-            for agent, cpu in zip(agents, before, strict=True):
-                after = agent.threads.cpu_seconds()
-                self.charge(elapsed if cpu is None or after is None else after - cpu)
+            spent = 0.0
+            for each, cpu in zip(threads, before, strict=True):
+                after = each.cpu_seconds()
+                if cpu is None or after is None:
+                    spent = elapsed
+                    break
+                spent += after - cpu
+            self.charge(spent)
 
     def charge(self, cpu: float) -> None:
         """Spend CPU seconds."""

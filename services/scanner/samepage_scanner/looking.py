@@ -209,13 +209,13 @@ async def _finish(turns: Mapping[asyncio.Task[None], Turn], result: Look) -> Non
             late = {turns[task].agent for task in pending if turns[task].late}
             others = any(arena.agent not in late for arena in result.seen)
             if pending and len(late) == len(pending) and others:
+                for agent in late:
+                    names = sorted(arena.name for arena in agent.arenas.values())
+                    log.warning("agent is left out", pid=agent.peer.pid, arenas=names)
                 return
     finally:
         for task in pending:
             task.cancel()
-            agent = turns[task].agent
-            names = sorted(arena.name for arena in agent.arenas.values())
-            log.warning("agent is left out", pid=agent.peer.pid, arenas=names)
         await asyncio.gather(*pending, return_exceptions=True)
 
 
