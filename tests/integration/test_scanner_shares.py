@@ -73,6 +73,24 @@ async def test_second_share_finds_nothing_left(agents: list[FakeAgent], merger: 
     assert not merger.runs
 
 
+async def test_shares_of_what_does_not_change_tell_the_same(
+    agents: list[FakeAgent], merger: FakeMerger
+) -> None:
+    """Also when an arena comes meanwhile that has nothing in it yet, and when it gets something."""
+    first = await agents[0].open("a", random_pages(10, 1))
+    await agents[0].share(first)
+    reports = [await agents[0].share(first) for _ in range(3)]
+    assert [report["unique"] for report in reports] == [10, 10, 10]
+    second = await agents[1].open("b", random_pages(4, 9))
+    second.absent[:] = True
+    assert (await agents[1].share(second))["absent"] == 4
+    assert (await agents[0].share(first))["unique"] == 10
+    second.absent[:] = False
+    second.memory[:] = first.memory[:4]
+    assert (await agents[1].share(second))["shared"] == 4
+    assert (await agents[0].share(first))["unique"] == 6
+
+
 async def test_share_sees_what_was_written_just_before(
     agents: list[FakeAgent], merger: FakeMerger
 ) -> None:

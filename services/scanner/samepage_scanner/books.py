@@ -18,6 +18,7 @@ from samepage.daemon.peers import Outcomes, Peer
 from samepage.daemon.wire import PageState
 from samepage_scanner import fingerprints as fp
 from samepage_scanner.attention import BLOCK_PAGES, Attention
+from samepage_scanner.match import Match
 from samepage_scanner.pages import PUBLISHED, Flags, Pages
 from samepage_scanner.threads import Threads
 
@@ -90,6 +91,8 @@ class Domain:
         identity: the 16 bytes by which the index knows it.
         arenas: in the order in which they were opened.
         dirty: matching could find something that it did not find last time.
+        quiet: what matching for a share found when it found nothing to do, with the minimum run
+            that it was told; holds until the domain is dirty.
         untold: there may be something that the index was not told of.
         sampled: zero bits at the end of every fingerprint that was published, at the least.
         retired: fingerprints that the index knows and that a page of this host lost.
@@ -101,6 +104,7 @@ class Domain:
     identity: bytes
     arenas: list[Arena] = field(default_factory=list)
     dirty: bool = False
+    quiet: tuple[int, Match] | None = None
     untold: bool = False
     sampled: int = 0
     retired: list[fp.Fingerprints] = field(default_factory=list)

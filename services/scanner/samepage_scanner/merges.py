@@ -98,16 +98,23 @@ class Merges:
             MergerAwayError: the domain stays dirty.
         """
         arenas = list(domain.arenas)
-        domain.dirty = False
+        min_run = self._policies.current.min_run_pages
+        if urgent and not domain.dirty and domain.quiet:
+            asked, found = domain.quiet
+            # an arena may have come that has no page yet
+            if asked == min_run and len(found.unique) == len(arenas):
+                return _nothing_done(arenas, found)
+        domain.dirty, domain.quiet = False, None
         complete = False
         try:
-            min_run = self._policies.current.min_run_pages
             pages = [arena.pages for arena in arenas]
             # A process that does not answer the scanner would not answer the merger.
             mute = [number for number, arena in enumerate(arenas) if arena.agent.silent]
             found = await asyncio.to_thread(match, pages, waive=urgent, min_run=min_run, mute=mute)
-            done = Merged(arenas, found, new_tally(len(arenas)), new_tally(len(arenas)))
+            done = _nothing_done(arenas, found)
             complete = await self._order_all(domain, done, urgent) and not mute
+            if urgent and complete and not len(found.equal) and not len(found.zero):
+                domain.quiet = min_run, found
         finally:
             domain.dirty = domain.dirty or not complete
         return done
@@ -156,6 +163,10 @@ class Merges:
         with self._budget.watch({arenas[number].agent for number in _involved(runs)}):
             await self._merger.merge(domain.name, arenas, runs, tally)
         self._budget.charge(max(await self._merger.cpu_seconds() - before, 0.0))
+
+
+def _nothing_done(arenas: Sequence[Arena], found: Match) -> Merged:
+    return Merged(arenas, found, new_tally(len(arenas)), new_tally(len(arenas)))
 
 
 def _involved(runs: Runs) -> list[int]:
