@@ -28,7 +28,7 @@
 #include "pager.h"
 #include "samepage.h"
 
-#define SP_MERGER_WINDOW ((size_t)WIRE_READ_PAGES_MAX * SP_PAGE_SIZE)
+#define SP_MERGER_WINDOW ((size_t)WIRE_READ_PAGES_MIN * SP_PAGE_SIZE)
 #define SP_SCANNER_WINDOW ((size_t)WIRE_FINGERPRINT_PAGES_MAX * (SP_FINGERPRINT_SIZE + 1))
 #define SP_NOTICES 2048
 

@@ -6,9 +6,12 @@
 #include <sys/stat.h>
 
 #include "kernel.h"
+#include "maps.h"
 #include "mover.h"
 #include "pagemap.h"
 #include "sealed.h"
+
+#define READ_PAGES 256 /* read after one look at their mapping: some 30 us */
 
 static int send_done(struct sp_node *node, const struct sp_message *order, int error,
 		     size_t outcomes)
@@ -25,59 +28,76 @@ static bool is_inside(const struct sp_arena *arena, uint64_t page, uint64_t coun
 	return count > 0 && page < arena->pages && count <= arena->pages - page;
 }
 
-/* Read pages [i, end) of an order. pwrite() and not a copy: should the application have unmapped
- * or protected a page, the call fails, and this thread does not. */
+/* Copy pages [i, end) of an answer to the window, those that may be read. The application may protect
+ * or unmap parts of its arena: a fault of this thread would end it, so it asks for a few pages at a
+ * time, as the reader does. */
 static void read_stretch(struct sp_mover *mover, const uint8_t *data, size_t i, size_t end)
 {
 	while (i < end) {
-		ssize_t written = pwrite(mover->link.window_fd, data + i * SP_PAGE_SIZE,
-					 (end - i) * SP_PAGE_SIZE, (off_t)(i * SP_PAGE_SIZE));
-		size_t pages = written > 0 ? (size_t)written / SP_PAGE_SIZE : 0;
+		size_t n = end - i < READ_PAGES ? end - i : READ_PAGES;
 
-		memset(mover->outcomes + i, WIRE_MERGED, pages);
-		i += pages;
-		if (pages == 0)
-			mover->outcomes[i++] = WIRE_UNSUPPORTED;
+		n = sp_maps_readable(mover->pager.maps, data, n);
+		memcpy(mover->link.window + i * SP_PAGE_SIZE, data, n * SP_PAGE_SIZE);
+		memset(mover->outcomes + i, n > 0 ? WIRE_MERGED : WIRE_UNSUPPORTED, n > 0 ? n : 1);
+		n = n > 0 ? n : 1;
+		data += n * SP_PAGE_SIZE;
+		i += n;
 	}
 }
 
-static void read_pages(struct sp_mover *mover, const uint8_t *data, size_t n)
+/* Read n pages that begin at place `first` of the answer. */
+static int read_range(struct sp_mover *mover, const uint8_t *data, size_t first, size_t n)
 {
-	const uint64_t *states = mover->pager.page_states;
+	uint64_t states[READ_PAGES];
 	size_t end;
 
-	for (size_t i = 0; i < n; i = end) {
-		bool there = sp_pagemap_is_there(states[i]);
+	for (size_t done = 0, some; done < n; done += some) {
+		const uint8_t *from = data + done * SP_PAGE_SIZE;
+		int error;
 
-		for (end = i + 1; end < n && sp_pagemap_is_there(states[end]) == there;)
-			end++;
-		if (there)
-			read_stretch(mover, data, i, end);
-		else
-			memset(mover->outcomes + i, WIRE_ABSENT, end - i);
+		some = n - done < READ_PAGES ? n - done : READ_PAGES;
+		error = sp_pagemap_read(mover->pager.pagemap, from, some, states);
+		if (error)
+			return error;
+		for (size_t i = 0; i < some; i = end) {
+			bool there = sp_pagemap_is_there(states[i]);
+
+			for (end = i + 1; end < some && sp_pagemap_is_there(states[end]) == there;)
+				end++;
+			if (there)
+				read_stretch(mover, from + i * SP_PAGE_SIZE, first + done + i,
+					     first + done + end);
+			else
+				memset(mover->outcomes + first + done + i, WIRE_ABSENT, end - i);
+		}
 	}
+	return 0;
 }
 
 static int order_read(struct sp_node *node, struct sp_arena *arena, const struct sp_message *order)
 {
-	const struct wire_range *range = (const struct wire_range *)order->payload;
+	const struct wire_range *ranges = (const struct wire_range *)order->payload;
 	struct sp_mover *mover = &node->mover;
-	int error;
+	size_t n = order->length / sizeof(*ranges), first = 0;
+	uint64_t most = mover->link.window_bytes / SP_PAGE_SIZE, pages;
+	int error = 0;
 
-	if (order->length != sizeof(*range) || range->count > WIRE_READ_PAGES_MAX)
+	if (n == 0 || order->length % sizeof(*ranges) || (n > 1 && mover->link.version < 2))
 		return -EPROTO;
 	if (!arena)
 		return send_done(node, order, ENOENT, 0);
-	if (!is_inside(arena, range->page, range->count))
+	pages = wire_count_pages(ranges, n, arena->pages,
+				 most < WIRE_READ_PAGES_MAX ? most : WIRE_READ_PAGES_MAX);
+	if (pages == 0)
 		return -EPROTO;
 	if (!mover->can_share && !atomic_load(&arena->sealed))
 		return send_done(node, order, ENOTSUP, 0);
-	error = sp_pagemap_read(mover->pager.pagemap, arena->data + range->page * SP_PAGE_SIZE,
-				range->count, mover->pager.page_states);
-	if (error)
-		return send_done(node, order, -error, 0);
-	read_pages(mover, arena->data + range->page * SP_PAGE_SIZE, range->count);
-	return send_done(node, order, 0, range->count);
+	for (size_t i = 0; i < n && !error; i++) {
+		error = read_range(mover, arena->data + ranges[i].page * SP_PAGE_SIZE, first,
+				   ranges[i].count);
+		first += ranges[i].count;
+	}
+	return send_done(node, order, -error, error ? 0 : pages);
 }
 
 static void record(struct sp_arena *arena, const struct wire_run *run, const uint8_t *outcomes)

@@ -27,7 +27,7 @@
  * Side mappings are made where the kernel likes and moved away whole or unmapped by their own
  * addresses: a fixed area would have holes after a partial move that other threads' mmap() fills.
  *
- * A pager belongs to one thread (the mover) which must not touch private arena memory itself. That
+ * A pager belongs to one thread (the mover) which must not touch memory that it has taken. That
  * thread sleeps in mremap() of a registered range until the remap event has been read, so another
  * one (the watcher) has to read events, and must not wait for the first.
  */

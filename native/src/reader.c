@@ -121,23 +121,6 @@ static int fingerprint(struct sp_reader *reader, const struct sp_arena *arena, u
 	return 0;
 }
 
-/* The pages that ranges hold together. 0: they are not ascending and disjoint, or not in the arena,
- * or more than an answer holds. */
-static uint64_t count_pages(const struct sp_arena *arena, const struct wire_range *ranges, size_t n)
-{
-	uint64_t pages = 0, end = 0;
-
-	for (size_t i = 0; i < n; i++) {
-		if (ranges[i].count == 0 || ranges[i].page < end || ranges[i].page >= arena->pages ||
-		    ranges[i].count > arena->pages - ranges[i].page ||
-		    ranges[i].count > WIRE_FINGERPRINT_PAGES_MAX - pages)
-			return 0;
-		end = ranges[i].page + ranges[i].count;
-		pages += ranges[i].count;
-	}
-	return pages;
-}
-
 static int send_done(struct sp_reader *reader, const struct sp_message *order, int error)
 {
 	struct wire_done done = {.error = error};
@@ -159,7 +142,7 @@ static int order_fingerprint(struct sp_reader *reader, const struct sp_message *
 		return -EPROTO;
 	if (!arena || !arena->seeded)
 		return send_done(reader, order, ENOENT);
-	pages = count_pages(arena, ranges, n);
+	pages = wire_count_pages(ranges, n, arena->pages, WIRE_FINGERPRINT_PAGES_MAX);
 	if (pages == 0)
 		return -EPROTO;
 	answer.states = reader->link.window + pages * SP_FINGERPRINT_SIZE;

@@ -4,6 +4,7 @@
 #ifndef SP_WIRE_H
 #define SP_WIRE_H
 
+#include <stddef.h>
 #include <stdint.h>
 
 #include "samepage.h"
@@ -17,7 +18,8 @@
 #define WIRE_VERSION_OLDEST 1 /* that a daemon may still speak */
 #define WIRE_MESSAGE_MAX 65536
 #define WIRE_FINGERPRINT_PAGES_MAX 16384
-#define WIRE_READ_PAGES_MAX 256
+#define WIRE_READ_PAGES_MAX 512
+#define WIRE_READ_PAGES_MIN 256 /* that every merger's window holds */
 #define WIRE_REPLACE_PAGES_MAX 4096
 #define WIRE_ZERO_SLOT 0
 #define WIRE_STALL_BUCKETS 16 /* the first is for less than 8 us, each next for twice as long */
@@ -134,6 +136,24 @@ struct wire_accounted {
 	uint64_t shared_pages;
 	uint64_t saved_bytes;
 };
+
+/* The pages that ranges hold together. 0: they are not ascending and disjoint, not in an arena of so
+ * many pages, or more than `most`. */
+static inline uint64_t wire_count_pages(const struct wire_range *ranges, size_t n,
+					uint64_t arena_pages, uint64_t most)
+{
+	uint64_t pages = 0, end = 0;
+
+	for (size_t i = 0; i < n; i++) {
+		if (ranges[i].count == 0 || ranges[i].page < end || ranges[i].page >= arena_pages ||
+		    ranges[i].count > arena_pages - ranges[i].page ||
+		    ranges[i].count > most - pages)
+			return 0;
+		end = ranges[i].page + ranges[i].count;
+		pages += ranges[i].count;
+	}
+	return pages;
+}
 
 _Static_assert(sizeof(struct wire_header) == 16, "header");
 _Static_assert(sizeof(struct wire_hello) == 24, "HELLO");

@@ -332,13 +332,17 @@ class FakeMergingAgent:
             self._done(order, 0)
 
     def _read(self, arena: FakeArena, order: wire.Message) -> None:
-        page, count = wire.unpack(wire.PAGE_RANGE, order)
+        ranges = wire.unpack_records(wire.RANGE, order).tolist()
+        pages = [page + at for page, count in ranges for at in range(count)]
         assert self._window is not None
-        assert 0 < count <= wire.READ_PAGES_MAX and page + count <= arena.pages
-        for number in range(count):
+        assert pages == sorted(set(pages)) and pages[-1] < arena.pages
+        if self._version == 1:
+            assert len(ranges) == 1 and len(pages) <= wire.READ_PAGES_MAX_V1
+        assert len(pages) <= wire.READ_PAGES_MAX
+        for number, page in enumerate(pages):
             low = number * wire.PAGE_SIZE
-            self._window[low : low + wire.PAGE_SIZE] = arena.page(page + number)
-        absent = arena.absent[page : page + count]
+            self._window[low : low + wire.PAGE_SIZE] = arena.page(page)
+        absent = arena.absent[pages]
         self._done(order, 0, np.where(absent, Outcome.ABSENT, 0).astype(np.uint8))
 
     def replace(self, arena: FakeArena, order: wire.Message) -> Pages:

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import xxhash
 from fakes.fake_merging_agent import FakeArena, FakeMergingAgent
 
 from samepage.daemon.peers import PeerServer
@@ -23,7 +22,6 @@ from samepage_merger.janitor import Janitor
 from samepage_merger.merging import RUN, ZERO_LEADER, MergeEngine
 from samepage_merger.orders import Orders
 from samepage_merger.pairs import OUTCOMES, Tools
-from samepage_merger.slots import Fingerprints
 from samepage_merger.store import StoreDirectory
 from samepage_merger.unsharing import Unsharer
 from samepage_merger.view import StoreError
@@ -31,13 +29,6 @@ from samepage_merger.view import StoreError
 SECRET = b"the secret of a test's cluster"
 DOMAIN = "default"
 ZEROS = ZERO_LEADER
-
-
-def fingerprint(data: object, pages: int, seed: int) -> Fingerprints:
-    """XXH3-128 of each page, from the xxhash package."""
-    rows = np.frombuffer(memoryview(data), np.uint8).reshape(-1, PAGE_SIZE)[:pages]  # type: ignore[arg-type]
-    prints = b"".join(xxhash.xxh3_128_digest(row.tobytes(), seed) for row in rows)
-    return np.frombuffer(prints, np.uint8).reshape(pages, 16)
 
 
 @contextmanager
@@ -74,7 +65,7 @@ class MergerHost:
         self.janitor = Janitor(self.domains)
         self.agents = Agents(self.domains, self.janitor.wake)
         self.orders = Orders(timeout)
-        self.engine = MergeEngine(self.agents.find, Tools(self.orders, fingerprint))
+        self.engine = MergeEngine(self.agents.find, Tools(self.orders))
         self.unsharer = Unsharer(self.domains, self.orders)
         self.accountant = Accountant("host-a", self.domains, self.orders)
         self._server = PeerServer(self.path, self.agents, WINDOW_BYTES)

@@ -50,6 +50,27 @@ async def test_agents_of_both_versions_share_with_each_other(merger: MergerHost)
         await agent.die()
 
 
+async def test_scattered_pages_of_an_older_agent_are_read_one_run_at_a_time(
+    merger: MergerHost,
+) -> None:
+    data = random_pages(1, 900)
+    for version in wire.VERSIONS:
+        agents = [FakeMergingAgent(merger.path, version), FakeMergingAgent(merger.path)]
+        for agent in agents:
+            await agent.connect()
+        leader = await agents[0].open("leader", data)
+        follower = await agents[1].open("follower", data)
+        runs = [(0, 1, 0, 0, 600), *((0, 1, page, page, 1) for page in range(601, 900, 2))]
+        outcomes = await merger.merge([leader, follower], runs)
+        assert outcomes[:, Outcome.MERGED].tolist() == [750, 750]
+        assert leader.view() == follower.view() == data.tobytes()
+        assert agents[0].orders.count(wire.Type.READ) == {1: 3 + 150, 2: 2}[version]
+        merger.assert_exact(*agents)
+        for agent in agents:
+            await agent.die()
+        await merger.settled()
+
+
 async def test_an_agent_one_version_back_is_scanned() -> None:
     async with ScannerHost() as host:
         agents = [await FakeAgent.connect(host.directory, version=v) for v in wire.VERSIONS]

@@ -45,7 +45,7 @@ def path() -> Iterator[Path]:
 @pytest.fixture
 def directory(path: Path) -> Iterator[StoreDirectory]:
     directory = open_directory(path)
-    directory.open(ID).allocate(1)
+    directory.open(ID).reserve(1)
     yield directory
     directory.close()
 

@@ -45,14 +45,16 @@ def page(byte: int) -> bytes:
 
 
 def test_slots_begin_at_one_and_follow_each_other(store: Store) -> None:
-    assert store.allocate(3) == 1
-    assert store.allocate(1) == 4
-    assert store.resident_bytes() == 4 * PAGE_SIZE
+    assert store.reserve(3) == 1
+    assert store.reserve(1) == 4
+    assert store.resident_bytes() == 0
+    store.write(2, page(1) * 2)
+    assert store.resident_bytes() == 2 * PAGE_SIZE
 
 
 def test_written_slots_are_seen_through_an_agents_descriptor(store: Store) -> None:
     fd = store.open_for_agent()
-    slot = store.allocate(2)
+    slot = store.reserve(2)
     store.write(slot, page(1) + page(2))
     assert os.pread(fd, 2 * PAGE_SIZE, slot * PAGE_SIZE) == page(1) + page(2)
     assert store.read(slot, 2) == page(1) + page(2)
@@ -60,7 +62,7 @@ def test_written_slots_are_seen_through_an_agents_descriptor(store: Store) -> No
 
 
 def test_freed_slots_give_their_memory_back_and_others_stay(store: Store) -> None:
-    store.allocate(10)
+    store.reserve(10)
     for slot in range(1, 11):
         store.write(slot, page(slot))
     store.free(np.array([2, 3, 4, 7, 10]))
@@ -68,11 +70,11 @@ def test_freed_slots_give_their_memory_back_and_others_stay(store: Store) -> Non
     for slot in (1, 5, 6, 8, 9):
         assert store.read(slot, 1) == page(slot)
     assert store.read(7, 1) == bytes(PAGE_SIZE)
-    assert store.allocate(1) == 11
+    assert store.reserve(1) == 11
 
 
 def test_free_all_but(store: Store) -> None:
-    store.allocate(8)
+    store.write(store.reserve(8), page(5) * 8)
     store.free_all_but(np.array([2, 3, 8]))
     assert store.resident_bytes() == 3 * PAGE_SIZE
     store.free_all_but(np.empty(0, np.int64))
@@ -82,14 +84,14 @@ def test_free_all_but(store: Store) -> None:
 def test_numbers_are_never_used_twice_over_a_restart(path: Path) -> None:
     first = open_directory(path)
     store = first.open(ID)
-    slot = store.allocate(5)
+    slot = store.reserve(5)
     store.write(slot, page(9))
     first.close()
     second = open_directory(path)
     assert list(second.existing()) == [ID]
     again = second.open(ID)
     assert again.read(slot, 1) == page(9)
-    assert again.allocate(1) == slot + 5
+    assert again.reserve(1) == slot + 5
     second.close(lambda domain_id: True)
     assert not path.exists()
 
@@ -97,12 +99,14 @@ def test_numbers_are_never_used_twice_over_a_restart(path: Path) -> None:
 def test_the_limit_is_an_answer(path: Path) -> None:
     directory = open_directory(path, limit_bytes=4 * PAGE_SIZE)
     store = directory.open(ID)
-    slot = store.allocate(3)
+    slot = store.reserve(5)
+    store.write(slot, page(1) * 3)
     with pytest.raises(StoreFullError):
-        store.allocate(2)
-    assert not store.has_room(2) and store.has_room(1)
+        store.write(slot + 3, page(2) * 2)
+    assert store.room(2) == 1 and store.room(1) == 1
     store.free(np.array([slot]))
-    assert store.allocate(2) == slot + 3
+    store.write(slot + 3, page(2) * 2)
+    assert store.resident_bytes() == 4 * PAGE_SIZE
     directory.close()
 
 
@@ -116,11 +120,14 @@ def test_a_full_tmpfs_is_an_answer(path: Path) -> None:
     try:
         directory = open_directory(path, limit_bytes=1 << 30)
         store = directory.open(ID)
-        assert store.allocate(10) == 1
+        slot = store.reserve(30)
+        store.write(slot, page(1) * 10)
         with pytest.raises(StoreFullError):
-            store.allocate(10)
+            store.write(slot + 10, page(2) * 10)
+        store.free(np.arange(slot + 10, slot + 20))
         assert store.resident_bytes() == 10 * PAGE_SIZE
-        assert store.allocate(2) == 11
+        store.write(slot + 20, page(3) * 2)
+        assert store.read(slot, 1) == page(1) and store.read(slot + 21, 1) == page(3)
         directory.close()
     finally:
         subprocess.run(["umount", path], check=True)
@@ -166,7 +173,7 @@ class TestAgentsDescriptor:
 
     @pytest.fixture
     def fd(self, store: Store) -> Iterator[int]:
-        store.write(store.allocate(1), page(7))
+        store.write(store.reserve(1), page(7))
         fd = store.open_for_agent()
         yield fd
         os.close(fd)

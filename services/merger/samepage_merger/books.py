@@ -18,7 +18,7 @@ import numpy as np
 from samepage.daemon.wire import PAGE_SIZE
 from samepage_merger.pagemap import PRIVATE, PageMap
 from samepage_merger.runs import Int64s, unique
-from samepage_merger.slots import FINGERPRINT_BYTES, Fingerprints, SlotTable
+from samepage_merger.slots import SlotTable
 
 NO_SLOTS: Int64s = np.empty(0, np.int64)
 
@@ -53,15 +53,14 @@ class Books:
         self._maps.discard(page_map)
         return freed
 
-    def add(self, slots: Int64s, fingerprints: Fingerprints) -> int:
+    def add(self, slots: Int64s) -> int:
         """Enter new slots (ascending), held; return the hold."""
-        self.table.add(slots, fingerprints)
+        self.table.add(slots)
         return self.hold(slots)
 
     def adopt(self, slots: Int64s) -> None:
         """Enter those of the slots that are not known, from before this merger's start."""
-        missing = self.table.missing(slots)
-        self.table.add(missing, np.zeros((missing.size, FINGERPRINT_BYTES), np.uint8))
+        self.table.add(self.table.missing(slots))
 
     def hold(self, slots: Int64s) -> int:
         """Keep slots from being freed until the hold returned is released."""

@@ -112,7 +112,6 @@ class Domain:
 
     def __init__(self, store: Store) -> None:
         self.name = ""
-        self.seed = 0
         self.store = store
         self.locks = StoreLocks(store)
         self.books = Books()
@@ -229,9 +228,12 @@ class Domain:
     def replaced(self, arena: Arena, pages: Int64s, slots: Int64s, outcomes: Outcomes) -> None:
         """Apply an order's outcomes."""
         done = outcomes == wire.Outcome.MERGED
-        self.merged += int(np.count_nonzero(done))
+        merged = int(np.count_nonzero(done))
+        self.merged += merged
+        if merged < pages.size:
+            pages, slots = pages[done], slots[done]
         if arena.state is not State.CLOSED:
-            self.free(self.books.map(arena.map, pages[done], slots[done]))
+            self.free(self.books.map(arena.map, pages, slots))
 
     def restore(self, arena: Arena, pages: Int64s) -> None:
         """Pages (each named once) map no slot any more; those that mapped none are ignored."""
@@ -324,7 +326,6 @@ class Domains:
             self._domains[domain_id] = Domain(self._stores.open(domain_id))
         domain = self._domains[domain_id]
         domain.name = name
-        domain.seed = secrets.domain_seed(self._secret, name)
         return domain
 
     def arenas(self) -> Iterator[Arena]:

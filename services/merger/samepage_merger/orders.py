@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -27,7 +28,9 @@ _EXTENTS_MAX = (wire.MESSAGE_MAX - wire.HEADER.size - wire.REPLACE.size) // wire
 _RESTORES_IN_FLIGHT = 64
 _RESTORE_PAGES = 4096
 
-Bytes = npt.NDArray[np.uint8]
+#: Gets a part of what was read: where in the pages asked for it begins, what became of each, and
+#: their bytes, which are another's when it returns.
+Keep = Callable[[int, Outcomes, memoryview], None]
 
 
 class _FailedError(Exception):
@@ -44,21 +47,27 @@ class Orders:
 
     def __init__(self, timeout: float) -> None:
         self._timeout = timeout
-        self._in_flight: set[asyncio.Task[Outcomes]] = set()
 
-    async def read(self, arena: Arena, pages: Int64s, into: Bytes) -> Outcomes:
-        """Copy pages (ascending, each once) into the first rows of an array of pages.
+    async def read(self, arena: Arena, pages: Int64s, keep: Keep) -> Outcomes:
+        """Have pages (ascending, each once) read; `keep` gets their bytes, part by part.
 
-        Rows of pages with another outcome than MERGED mean nothing.
+        Rows of pages with another outcome than MERGED mean nothing. What `keep` raises, this does.
         """
         outcomes = np.full(pages.size, GONE, np.uint8)
-        for low, high in _spans(pages, wire.READ_PAGES_MAX):
-            try:
-                read = await self._read_span(arena, pages[low:high], into[low:high])
-            except _FailedError as failed:
-                outcomes[low:] = failed.args[0]
-                break
-            outcomes[low:high] = read
+        session = arena.session
+        if session is None:
+            return outcomes
+        async with session.reading:
+            for low, high in _read_parts(pages, session.peer.version):
+                first, count = join(pages[low:high])
+                payload = np.stack((first, count), axis=1).astype("<u8").tobytes()
+                try:
+                    read = await self._send(arena, wire.Type.READ, payload, high - low)
+                except _FailedError as failed:
+                    outcomes[low:] = failed.args[0]
+                    break
+                outcomes[low:high] = read
+                keep(low, read, memoryview(session.peer.window)[: (high - low) * wire.PAGE_SIZE])
         return outcomes
 
     async def replace(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
@@ -76,16 +85,21 @@ class Orders:
         return outcomes
 
     async def _replace_alive(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
+        parts = list(_parts(pages, slots))
+        if len(parts) == 1:
+            return await self._replace_part(arena, pages, slots, parts[0].extents)
         books = arena.domain.books
         guard = books.hold(slots)
         try:
-            parts = [
-                await self._replace_part(arena, pages[low:high], slots[low:high])
-                for low, high in _parts(pages, slots)
+            outcomes = [
+                await self._replace_part(
+                    arena, pages[part.low : part.high], slots[part.low : part.high], part.extents
+                )
+                for part in parts
             ]
         finally:
             arena.domain.free(books.release(guard))
-        return np.concatenate(parts) if parts else np.empty(0, np.uint8)
+        return np.concatenate(outcomes) if outcomes else np.empty(0, np.uint8)
 
     async def restore(self, arena: Arena, pages: Int64s) -> Outcomes:
         """Let pages (ascending, each once) be private again; MERGED where the agent did it."""
@@ -115,26 +129,11 @@ class Orders:
                 return None
             return int.from_bytes(session.peer.window[: wire.COUNTED_BYTES], "little")
 
-    async def _read_span(self, arena: Arena, pages: Int64s, into: Bytes) -> Outcomes:
-        session = arena.session
-        if session is None:
-            raise _FailedError(GONE)
-        first = int(pages[0])
-        count = int(pages[-1]) - first + 1
-        async with session.reading:
-            payload = wire.PAGE_RANGE.pack(first, count)
-            outcomes = await self._send(arena, wire.Type.READ, payload, count)
-            window = np.frombuffer(session.peer.window, np.uint8).reshape(-1, wire.PAGE_SIZE)
-            if count == pages.size:
-                into[:] = window[:count]
-            else:
-                np.take(window, pages - first, axis=0, out=into, mode="clip")
-        return outcomes[pages - first]
-
-    async def _replace_part(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
+    async def _replace_part(
+        self, arena: Arena, pages: Int64s, slots: Int64s, extents: npt.NDArray[np.void]
+    ) -> Outcomes:
         if arena.state is not State.OPEN:
             return np.full(pages.size, GONE, np.uint8)
-        extents = join_extents(pages, slots)
         payload = wire.REPLACE.pack(extents.size, 0) + extents.tobytes()
         domain = arena.domain
         hold = domain.hold(arena, slots)
@@ -180,24 +179,23 @@ class Orders:
                 arena.domain.release(arena, hold)
             raise _FailedError(Outcome.BUSY)
 
-        def answered(task: asyncio.Task[Outcomes]) -> None:
-            self._in_flight.discard(task)
-            if task.cancelled():
-                return
-            if hold is not None and isinstance(task.exception(), OrderRefusedError):
+        def answered(answer: asyncio.Future[Outcomes]) -> None:
+            refused = isinstance(answer.exception(), OrderRefusedError)
+            if refused and hold is not None:
                 arena.domain.release(arena, hold)
 
-        order = session.peer.order(kind, arena.number, payload, outcomes=outcomes, apply=apply)
-        task = asyncio.ensure_future(order)
-        self._in_flight.add(task)
-        task.add_done_callback(answered)
-        await asyncio.wait({task}, timeout=self._timeout)
-        if not task.done():
+        try:
+            answer = session.peer.give(kind, arena.number, payload, outcomes=outcomes, apply=apply)
+        except PeerGoneError as error:
+            raise _FailedError(GONE) from error
+        answer.add_done_callback(answered)
+        await asyncio.wait({answer}, timeout=self._timeout)
+        if not answer.done():
             session.overdue += 1
-            task.add_done_callback(lambda _: session.caught_up())
+            answer.add_done_callback(lambda _: session.caught_up())
             raise _FailedError(Outcome.BUSY)
         try:
-            return task.result()
+            return answer.result()
         except PeerGoneError as error:
             raise _FailedError(GONE) from error
         except OrderRefusedError as error:
@@ -212,22 +210,36 @@ _OUTCOME_OF_ERRNO = {
 }
 
 
-def _spans(pages: Int64s, size: int) -> Iterator[tuple[int, int]]:
-    """Cut ascending pages into parts that each lie within `size` pages."""
+def _read_parts(pages: Int64s, version: int) -> Iterator[tuple[int, int]]:
+    """Cut ascending pages into parts that each fit into one READ of a protocol version."""
+    if version > 1:
+        for low in range(0, pages.size, wire.READ_PAGES_MAX):
+            yield low, min(low + wire.READ_PAGES_MAX, pages.size)
+        return
+    _, count = join(pages)
     low = 0
-    while low < pages.size:
-        high = int(np.searchsorted(pages, pages[low] + size))
-        yield low, high
-        low = high
+    for end in np.cumsum(count).tolist():
+        while low < end:
+            high = min(low + wire.READ_PAGES_MAX_V1, end)
+            yield low, high
+            low = high
 
 
-def _parts(pages: Int64s, slots: Int64s) -> Iterator[tuple[int, int]]:
-    """Cut pages into parts that each fit into one REPLACE."""
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What fits into one REPLACE: pages [low, high) of an order, and what they shall map."""
+
+    low: int
+    high: int
+    extents: npt.NDArray[np.void]
+
+
+def _parts(pages: Int64s, slots: Int64s) -> Iterator[_Part]:
     low = 0
     while low < pages.size:
         high = min(pages.size, low + wire.REPLACE_PAGES_MAX)
-        counts = join_extents(pages[low:high], slots[low:high])["count"]
-        if counts.size > _EXTENTS_MAX:
-            high = low + int(counts[:_EXTENTS_MAX].sum())
-        yield low, high
+        extents = join_extents(pages[low:high], slots[low:high])[:_EXTENTS_MAX]
+        if extents.size == _EXTENTS_MAX:
+            high = low + int(extents["count"].sum())
+        yield _Part(low, high, extents)
         low = high

@@ -12,7 +12,7 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
-from samepage_merger.runs import Int64s
+from samepage_merger.runs import Int64s, index
 
 #: What a page maps that maps no slot: slot 0 is never given.
 PRIVATE = 0
@@ -43,14 +43,15 @@ class PageMap:
 
     def slots(self, pages: Int64s) -> Int64s:
         """Return the slot of each page, PRIVATE where it maps none."""
-        return self._slots[pages].astype(np.int64)
+        return self._slots[index(pages)].astype(np.int64)
 
     def put(self, pages: Int64s, slots: Int64s) -> Int64s:
         """Let each page (named once) map its slot, or none; return what they mapped before."""
-        before = self.slots(pages)
+        at = index(pages)
+        before: Int64s = self._slots[at].astype(np.int64)
         if slots.size and int(slots.max()) > _NARROW_MAX and self._slots.itemsize == 4:
             self._widen()
-        self._slots[pages] = slots
+        self._slots[at] = slots
         change = (slots != PRIVATE).astype(np.int32) - (before != PRIVATE).astype(np.int32)
         np.add.at(self._in_block, pages >> _BLOCK_SHIFT, change)
         self.shared += int(change.sum())

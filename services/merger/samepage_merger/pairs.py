@@ -6,9 +6,11 @@ replaced by that first, then the follower. If both do, by different slots, the p
 number is restored and replaced by the lower: whoever decides, and however often, comes to the same
 result.
 
-While the follower of one step is replaced, the leader's next step is promoted and the one after
-that is read. How many steps may be promoted and not yet followed is limited for the merger as a
-whole, since their slots are memory that merging has yet to give back.
+While the follower of one step is replaced, the leader maps the slots of the next, and the one
+after that is read into its slots. How many steps' slots may be filled and not yet be mapped by
+their leader is limited for the merger as a whole: they are memory that merging has yet to give
+back. The slots of a batch follow each other, whatever other pairs do meanwhile, so that what lies
+side by side in the leader stays one mapping.
 """
 
 from __future__ import annotations
@@ -27,21 +29,19 @@ import numpy.typing as npt
 from samepage.daemon import wire
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
-from samepage_merger.books import NO_SLOTS
-from samepage_merger.domains import Arena, Domain
-from samepage_merger.orders import GONE, Bytes, Orders
+from samepage_merger.domains import Arena
+from samepage_merger.orders import GONE, Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, batches, expand, unique_first, unique_inverse
-from samepage_merger.slots import Fingerprints
 from samepage_merger.store import StoreFullError
 
 OUTCOMES = GONE + 1
-STEP_PAGES = 256
-STEPS_AHEAD = 3
+STEP_PAGES = 512
+STEPS_AHEAD = 2
 
 _BATCH_PAGES = wire.REPLACE_PAGES_MAX
+_NO_OUTCOMES: Outcomes = np.empty(0, np.uint8)
 
-Fingerprint = Callable[[Bytes, int, int], Fingerprints]
 Counts = npt.NDArray[np.int64]
 
 A = TypeVar("A")
@@ -83,31 +83,11 @@ class Side:
     row: int
 
 
-class Buffers:
-    """Arrays for the pages of a step, used again: new memory costs more than the copy."""
-
-    def __init__(self) -> None:
-        self._free: list[Bytes] = []
-
-    def take(self) -> Bytes:
-        """Return an array of STEP_PAGES pages with any content."""
-        if self._free:
-            return self._free.pop()
-        return np.empty((STEP_PAGES, wire.PAGE_SIZE), np.uint8)
-
-    def give_back(self, buffer: Bytes) -> None:
-        """The caller does not use it any more."""
-        if len(self._free) < STEPS_AHEAD:
-            self._free.append(buffer)
-
-
 @dataclass(frozen=True)
 class Tools:
     """What every pair needs. `steps_ahead` bounds the memory that merging takes."""
 
     orders: Orders
-    fingerprint: Fingerprint
-    buffers: Buffers = field(default_factory=Buffers)
     steps_ahead: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STEPS_AHEAD))
 
 
@@ -117,16 +97,10 @@ class _Background:
     def __init__(self) -> None:
         self._task: asyncio.Task[None] | None = None
 
-    async def start(
-        self, work: Callable[[], Coroutine[object, object, None]], done: Callable[[], None]
-    ) -> None:
-        """Start `work` when the one before is done; `done` is called after it, come what may."""
-        with contextlib.ExitStack() as stack:
-            stack.callback(done)
-            await self.finish()
-            self._task = asyncio.ensure_future(work())
-            finished = stack.pop_all().close
-            self._task.add_done_callback(lambda _: finished())
+    async def start(self, work: Callable[[], Coroutine[object, object, None]]) -> None:
+        """Start `work` when the one before is done."""
+        await self.finish()
+        self._task = asyncio.ensure_future(work())
 
     async def finish(self) -> None:
         """Wait for what was started."""
@@ -147,12 +121,11 @@ class PairMerge:
 
     def __init__(self, tools: Tools, leader: Side, follower: Side, tally: Tally) -> None:
         self._orders = tools.orders
-        self._fingerprint = tools.fingerprint
-        self._buffers = tools.buffers
         self._steps_ahead = tools.steps_ahead
         self._leader = leader
         self._follower = follower
         self._tally = tally
+        self._steps_taken = 0
 
     async def merge(self, leader_first: Int64s, follower_first: Int64s, counts: Int64s) -> None:
         """Merge runs of pages; they must lie within their arenas."""
@@ -172,16 +145,17 @@ class PairMerge:
             other = leader_pages != follower_pages
             self._tally.done(leader_pages.size - int(np.count_nonzero(other)))
             leader_pages, follower_pages = leader_pages[other], follower_pages[other]
-        private = (self._leader.arena.map.slots(leader_pages) == PRIVATE) & (
-            self._follower.arena.map.slots(follower_pages) == PRIVATE
-        )
-        ready = leader_pages[~private], follower_pages[~private]
-        if ready[0].size:
-            await following.start(functools.partial(self._link, *ready), _nothing)
-        candidates = leader_pages[private], follower_pages[private]
+        ours = self._leader.arena.map.slots(leader_pages)
+        theirs = self._follower.arena.map.slots(follower_pages)
+        private = (ours == PRIVATE) & (theirs == PRIVATE)
+        if not private.all():
+            ready = leader_pages[~private], follower_pages[~private]
+            await following.start(functools.partial(self._link, *ready))
+            leader_pages, follower_pages = leader_pages[private], follower_pages[private]
         if self._leader.arena is self._follower.arena:
-            candidates = self._without_chains(*candidates)
-        await self._promote(_steps(*candidates), following)
+            leader_pages, follower_pages = self._without_chains(leader_pages, follower_pages)
+        if leader_pages.size:
+            await self._promote(leader_pages, follower_pages, following)
 
     def _without_chains(
         self, leader_pages: Int64s, follower_pages: Int64s
@@ -193,61 +167,72 @@ class PairMerge:
         self._tally.done(busy.size)
         return leader_pages[~chained], follower_pages[~chained]
 
-    async def _promote(self, steps: list[_Step], following: _Background) -> None:
-        read = await self._read(steps[0]) if steps else None
-        for step, next_step in itertools.zip_longest(steps, steps[1:]):
-            with contextlib.ExitStack() as stack:
-                await self._steps_ahead.acquire()
-                stack.callback(self._steps_ahead.release)
-                publish = self._publish(step, read)
-                outcomes, read = await _both(publish, self._read(next_step))
-                done = stack.pop_all().close
-            await following.start(functools.partial(self._follow, step, outcomes), done)
-
-    async def _read(self, step: _Step | None) -> _Read | None:
-        """Return the leader's bytes, or None when there is no step, or no room for its slots."""
-        leader = self._leader.arena
-        if step is None or not leader.domain.store.has_room(step.pages.size):
-            return None
-        data = self._buffers.take()
-        return _Read(data, await self._orders.read(leader, step.pages, data))
-
-    async def _publish(self, step: _Step, read: _Read | None) -> Outcomes:
-        """Give the leader's pages slots, and let it map them; return what became of each."""
-        if read is None:
-            outcomes = np.full(step.pages.size, Outcome.BUSY, np.uint8)
-            self._tally.count(self._leader.row, outcomes)
-            return outcomes
-        leader, outcomes = self._leader.arena, read.outcomes
-        private = leader.map.slots(step.pages) == PRIVATE
-        good = np.flatnonzero(private & (outcomes == Outcome.MERGED))
-        rows = read.data[: good.size] if good.size == step.pages.size else read.data[good]
+    async def _promote(
+        self, leader_pages: Int64s, follower_pages: Int64s, following: _Background
+    ) -> None:
+        """Give the leader's pages slots, which follow each other, and have both map them."""
+        domain = self._leader.arena.domain
+        pages, of_pair = unique_inverse(leader_pages)
+        slots = domain.store.reserve(pages.size) + np.arange(pages.size)
+        hold = domain.books.add(slots)
         try:
-            slots, hold = self._store(leader.domain, rows)
-        except StoreFullError:
-            outcomes[good] = Outcome.BUSY
-        else:
-            self._buffers.give_back(read.data)
-            try:
-                outcomes[good] = await self._orders.replace(leader, step.pages[good], slots)
-            finally:
-                leader.domain.free(leader.domain.books.release(hold))
+            steps = _steps(_Step(pages, slots, leader_pages, follower_pages, of_pair))
+            stored = await self._store(steps[0])
+            for step, next_step in itertools.zip_longest(steps, steps[1:]):
+                outcomes, stored = await _both(self._publish(step, stored), self._store(next_step))
+                await following.start(functools.partial(self._follow, step, outcomes))
+        finally:
+            while self._steps_taken:
+                self._give_back_step()
+            domain.free(domain.books.release(hold))
+
+    async def _store(self, step: _Step | None) -> Outcomes:
+        """Fill the step's slots with the leader's bytes; return what became of each page.
+
+        One of `steps_ahead` is taken, and given back by `_publish`.
+        """
+        if step is None:
+            return _NO_OUTCOMES
+        leader = self._leader.arena
+        store = leader.domain.store
+
+        def keep(low: int, outcomes: Outcomes, data: memoryview) -> None:
+            slot = int(step.slots[low])
+            if not outcomes.any():
+                store.write(slot, data)
+                return
+            for at in np.flatnonzero(outcomes == Outcome.MERGED).tolist():
+                store.write(slot + at, data[at * wire.PAGE_SIZE : (at + 1) * wire.PAGE_SIZE])
+
+        await self._steps_ahead.acquire()
+        self._steps_taken += 1
+        outcomes = np.full(step.pages.size, Outcome.BUSY, np.uint8)
+        room = store.room(step.pages.size)
+        with contextlib.suppress(StoreFullError):
+            outcomes[:room] = await self._orders.read(leader, step.pages[:room], keep)
+        return outcomes
+
+    async def _publish(self, step: _Step, outcomes: Outcomes) -> Outcomes:
+        """Let the leader map the slots that were filled; return what became of each page."""
+        leader = self._leader.arena
+        try:
+            private = leader.map.slots(step.pages) == PRIVATE
+            good = private & (outcomes == Outcome.MERGED)
+            if good.all():
+                outcomes = await self._orders.replace(leader, step.pages, step.slots)
+            else:
+                outcomes = outcomes.copy()
+                outcomes[good] = await self._orders.replace(
+                    leader, step.pages[good], step.slots[good]
+                )
+        finally:
+            self._give_back_step()
         self._tally.count(self._leader.row, outcomes[private])
         return outcomes
 
-    def _store(self, domain: Domain, rows: Bytes) -> tuple[Int64s, int]:
-        """Return new slots with the bytes of these pages, and the hold that keeps them.
-
-        Raises:
-            StoreFullError: there is no room.
-        """
-        if not len(rows):
-            return NO_SLOTS, domain.books.hold(NO_SLOTS)
-        first = domain.store.allocate(len(rows))
-        domain.store.write(first, rows.data.cast("B"))
-        slots = np.arange(first, first + len(rows))
-        prints = self._fingerprint(rows, len(rows), domain.seed)
-        return slots, domain.books.add(slots, prints)
+    def _give_back_step(self) -> None:
+        self._steps_taken -= 1
+        self._steps_ahead.release()
 
     async def _follow(self, step: _Step, outcomes: Outcomes) -> None:
         await self._link(step.leader_pages, step.follower_pages, outcomes[step.of_pair])
@@ -262,19 +247,21 @@ class PairMerge:
         leader, follower = self._leader, self._follower
         ours = leader.arena.map.slots(leader_pages)
         theirs = follower.arena.map.slots(follower_pages)
-        neither = (ours == PRIVATE) & (theirs == PRIVATE)
-        to_follower = (ours != PRIVATE) & (theirs == PRIVATE)
-        to_leader = (ours == PRIVATE) & (theirs != PRIVATE)
-        differ = (ours != PRIVATE) & (theirs != PRIVATE) & (ours != theirs)
-        self._count_neither(neither, failed)
-        await asyncio.gather(
-            self._replace(follower, follower_pages[to_follower], ours[to_follower]),
-            self._replace(leader, leader_pages[to_leader], theirs[to_leader]),
-        )
-        at = np.flatnonzero(differ)
-        for low in range(0, at.size, STEP_PAGES):
-            some = at[low : low + STEP_PAGES]
-            await self._converge(leader_pages[some], follower_pages[some])
+        if ours.all() and not theirs.any():
+            await self._replace(follower, follower_pages, ours)
+        else:
+            neither = (ours == PRIVATE) & (theirs == PRIVATE)
+            to_follower = (ours != PRIVATE) & (theirs == PRIVATE)
+            to_leader = (ours == PRIVATE) & (theirs != PRIVATE)
+            self._count_neither(neither, failed)
+            await asyncio.gather(
+                self._replace(follower, follower_pages[to_follower], ours[to_follower]),
+                self._replace(leader, leader_pages[to_leader], theirs[to_leader]),
+            )
+            at = np.flatnonzero((ours != theirs) & ~(neither | to_follower | to_leader))
+            for low in range(0, at.size, STEP_PAGES):
+                some = at[low : low + STEP_PAGES]
+                await self._converge(leader_pages[some], follower_pages[some])
         self._tally.done(leader_pages.size)
 
     def _count_neither(self, neither: npt.NDArray[np.bool_], failed: Outcomes | None) -> None:
@@ -311,39 +298,39 @@ class PairMerge:
 
 
 @dataclass(frozen=True)
-class _Read:
-    """The leader's bytes of a step, a row a page, and what became of each page."""
-
-    data: Bytes
-    outcomes: Outcomes
-
-
-@dataclass(frozen=True)
 class _Step:
-    """Pairs of which neither page maps a slot, with at most STEP_PAGES pages of the leader.
+    """Pairs of which neither page maps a slot.
 
     Attributes:
         pages: the leader's, ascending, each once.
-        of_pair: for each pair, where its leader's page is in `pages`.
+        slots: for each of them, consecutive.
+        of_pair: for each pair, ascending, where its leader's page is in `pages`.
     """
 
     pages: Int64s
+    slots: Int64s
     leader_pages: Int64s
     follower_pages: Int64s
     of_pair: npt.NDArray[np.intp]
 
 
-def _steps(leader_pages: Int64s, follower_pages: Int64s) -> list[_Step]:
-    pages, of_pair = unique_inverse(leader_pages)
+def _steps(whole: _Step) -> list[_Step]:
+    """Cut into steps of at most STEP_PAGES pages of the leader; pairs may be in any order."""
+    leader_pages, follower_pages, of_pair = whole.leader_pages, whole.follower_pages, whole.of_pair
+    if not bool((of_pair[1:] >= of_pair[:-1]).all()):
+        order = np.argsort(of_pair, kind="stable")
+        leader_pages, follower_pages = leader_pages[order], follower_pages[order]
+        of_pair = of_pair[order]
     steps = []
-    for low in range(0, pages.size, STEP_PAGES):
-        within = (of_pair >= low) & (of_pair < low + STEP_PAGES)
+    for low in range(0, whole.pages.size, STEP_PAGES):
+        first, end = np.searchsorted(of_pair, (low, low + STEP_PAGES)).tolist()
         steps.append(
             _Step(
-                pages[low : low + STEP_PAGES],
-                leader_pages[within],
-                follower_pages[within],
-                of_pair[within] - low,
+                whole.pages[low : low + STEP_PAGES],
+                whole.slots[low : low + STEP_PAGES],
+                leader_pages[first:end],
+                follower_pages[first:end],
+                of_pair[first:end] - low,
             )
         )
     return steps
@@ -357,7 +344,3 @@ async def _both(
         one = group.create_task(first)
         other = group.create_task(second)
     return one.result(), other.result()
-
-
-def _nothing() -> None:
-    """What is to be done after a step that took no memory."""

@@ -11,6 +11,7 @@ from samepage.daemon import wire
 
 Int64s = npt.NDArray[np.int64]
 Indices = npt.NDArray[np.intp]
+Index = Int64s | Indices | slice
 
 
 def expand(first: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> Int64s:
@@ -26,6 +27,22 @@ def expand(first: npt.NDArray[np.integer], count: npt.NDArray[np.integer]) -> In
 def ascends(numbers: Int64s) -> bool:
     """Return whether each number is greater than the one before."""
     return bool((numbers[1:] > numbers[:-1]).all())
+
+
+def index(numbers: Int64s) -> Int64s | slice:
+    """Return what picks the same elements of an array: a slice, much the faster, where it can."""
+    if not is_run(numbers):
+        return numbers
+    first = int(numbers[0])
+    return slice(first, first + numbers.size)
+
+
+def is_run(numbers: Int64s) -> bool:
+    """Return whether the numbers are not none, and consecutive."""
+    size = numbers.size
+    if size == 0 or int(numbers[-1]) - int(numbers[0]) != size - 1:
+        return False
+    return bool((numbers[1:] - numbers[:-1] == 1).all())
 
 
 def unique(numbers: Int64s) -> Int64s:

@@ -24,7 +24,7 @@ from samepage_merger.domains import Domains
 from samepage_merger.janitor import Janitor
 from samepage_merger.merging import MergeEngine
 from samepage_merger.orders import Orders
-from samepage_merger.pairs import Fingerprint, Tools
+from samepage_merger.pairs import Tools
 from samepage_merger.servicer import MergerServicer
 from samepage_merger.store import StoreDirectory
 from samepage_merger.unsharing import Unsharer
@@ -38,17 +38,12 @@ log = structlog.get_logger(__name__)
 
 
 class MergerService:
-    """One host's merger.
-
-    Args:
-        fingerprint: fingerprints of (bytes, pages, seed), 16 bytes a page.
-    """
+    """One host's merger."""
 
     name = "merger"
 
-    def __init__(self, config: Config, fingerprint: Fingerprint) -> None:
+    def __init__(self, config: Config) -> None:
         self._config = config
-        self._fingerprint = fingerprint
         self._resources = contextlib.ExitStack()
         self._servicer: MergerServicer | None = None
         self._janitor: asyncio.Task[None] | None = None
@@ -81,7 +76,7 @@ class MergerService:
         janitor = Janitor(domains)
         agents = Agents(domains, janitor.wake)
         orders = Orders(config.order_timeout_seconds)
-        engine = MergeEngine(agents.find, Tools(orders, self._fingerprint))
+        engine = MergeEngine(agents.find, Tools(orders))
         self._servicer = MergerServicer(
             config.node_name,
             domains,

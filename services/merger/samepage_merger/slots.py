@@ -2,8 +2,9 @@
 
 Slot numbers only grow and are never used twice, so the live ones get sparse over time. They are
 kept in arrays sorted by number: a new slot goes to the end, a freed one stays until half of the
-entries are dead and the arrays are packed. Memory is thus 28 bytes a live slot, at most three
-times that for a moment, however large the numbers are.
+entries are dead and the arrays are packed. Memory is thus 12 bytes a live slot, at most three
+times that for a moment, however large the numbers are. Slots that are given together are found
+together: a run of them is looked up once, and worked on as a slice.
 """
 
 from __future__ import annotations
@@ -11,23 +12,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from samepage_merger.runs import Int64s, unique
-
-FINGERPRINT_BYTES = 16
+from samepage_merger.runs import Index, Int64s, is_run, unique
 
 _CAPACITY_MIN = 1024
 _DEAD = -1
 
-Fingerprints = npt.NDArray[np.uint8]
-
 
 class SlotTable:
-    """References and fingerprint of each live slot. Slots without references may live too."""
+    """The references of each live slot. Slots without references may live too."""
 
     def __init__(self) -> None:
         self._slots = np.empty(_CAPACITY_MIN, np.int64)
         self._references = np.empty(_CAPACITY_MIN, np.int32)
-        self._fingerprints = np.empty((_CAPACITY_MIN, FINGERPRINT_BYTES), np.uint8)
         self._used = 0
         self._dead = 0
 
@@ -37,7 +33,7 @@ class SlotTable:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the table takes."""
-        return self._slots.nbytes + self._references.nbytes + self._fingerprints.nbytes
+        return self._slots.nbytes + self._references.nbytes
 
     def live(self) -> Int64s:
         """Return all live slots, ascending."""
@@ -60,32 +56,42 @@ class SlotTable:
     def missing(self, slots: Int64s) -> Int64s:
         """Return those of the slots that do not live, each once, ascending."""
         slots = unique(slots)
-        found, _ = self._find(slots)
-        return slots[~found]
+        return slots[~self.contains(slots)]
 
     def contains(self, slots: Int64s) -> npt.NDArray[np.bool_]:
         """Return whether each slot lives."""
-        return self._find(slots)[0]
+        at = self._run(slots)
+        if at is not None:
+            alive: npt.NDArray[np.bool_] = self._references[at] != _DEAD
+            return alive
+        return self._search(slots)[0]
 
-    def add(self, slots: Int64s, fingerprints: Fingerprints) -> None:
+    def add(self, slots: Int64s) -> None:
         """Enter slots (ascending, each once, none alive) with no references."""
         if self._used and slots.size and slots[0] <= self._slots[self._used - 1]:
-            self._insert(slots, fingerprints)
+            self._insert(slots)
             return
         end = self._used + slots.size
         self._reserve(end)
         self._slots[self._used : end] = slots
         self._references[self._used : end] = 0
-        self._fingerprints[self._used : end] = fingerprints
         self._used = end
 
     def reference(self, slots: Int64s) -> None:
         """Add a reference for each slot named; a slot may be named many times."""
-        np.add.at(self._references, self._at(slots), 1)
+        at = self._at(slots)
+        if isinstance(at, slice):
+            self._references[at] += 1
+        else:
+            np.add.at(self._references, at, 1)
 
     def unreference(self, slots: Int64s) -> Int64s:
         """Drop a reference for each slot named; return those left without, ascending."""
         at = self._at(slots)
+        if isinstance(at, slice):
+            self._references[at] -= 1
+            run: Int64s = slots[self._references[at] == 0]
+            return run
         np.subtract.at(self._references, at, 1)
         at = unique(at)
         left: Int64s = self._slots[at[self._references[at] == 0]]
@@ -93,13 +99,11 @@ class SlotTable:
 
     def references(self, slots: Int64s) -> Int64s:
         """Return the references of each slot; 0 where it does not live."""
-        found, at = self._find(slots)
-        return np.where(found, self._references[at], 0).astype(np.int64)
-
-    def fingerprints(self, slots: Int64s) -> Fingerprints:
-        """Return the fingerprints of live slots, 16 bytes each; zeros where not known."""
-        prints: Fingerprints = self._fingerprints[self._at(slots)]
-        return prints
+        at = self._run(slots)
+        if at is not None:
+            return np.maximum(self._references[at], 0, dtype=np.int64)
+        found, where = self._search(slots)
+        return np.where(found, self._references[where], 0).astype(np.int64)
 
     def remove(self, slots: Int64s) -> None:
         """Forget live slots, each named once."""
@@ -107,55 +111,59 @@ class SlotTable:
         self._dead += slots.size
         if self._dead > max(len(self), _CAPACITY_MIN):
             alive = self._references[: self._used] != _DEAD
-            self._set(
-                self._slots[: self._used][alive],
-                self._references[: self._used][alive],
-                self._fingerprints[: self._used][alive],
-            )
+            self._set(self._slots[: self._used][alive], self._references[: self._used][alive])
 
-    def _find(self, slots: Int64s) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
+    def _run(self, slots: Int64s) -> slice | None:
+        """Where the slots are, dead ones too, if they and their entries are consecutive."""
+        if not is_run(slots):
+            return None
+        first = int(np.searchsorted(self._slots[: self._used], int(slots[0])))
+        end = first + slots.size
+        if end > self._used or self._slots[first] != slots[0] or self._slots[end - 1] != slots[-1]:
+            return None
+        return slice(first, end)
+
+    def _search(self, slots: Int64s) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.intp]]:
         if not self._used:
             return np.zeros(slots.size, np.bool_), np.zeros(slots.size, np.intp)
         at = np.searchsorted(self._slots[: self._used], slots)
         at = np.minimum(at, self._used - 1)
         return (self._slots[at] == slots) & (self._references[at] != _DEAD), at
 
-    def _at(self, slots: Int64s) -> npt.NDArray[np.intp]:
-        found, at = self._find(slots)
+    def _at(self, slots: Int64s) -> Index:
+        run = self._run(slots)
+        if run is not None and not bool((self._references[run] == _DEAD).any()):
+            return run
+        found, at = self._search(slots)
         if not found.all():
             raise KeyError(f"slots that do not live: {slots[~found][:8].tolist()}")
         return at
 
-    def _insert(self, slots: Int64s, fingerprints: Fingerprints) -> None:
+    def _insert(self, slots: Int64s) -> None:
         alive = self._references[: self._used] != _DEAD
         all_slots = np.concatenate((self._slots[: self._used][alive], slots))
         order = np.argsort(all_slots, kind="stable")
         references = np.concatenate(
             (self._references[: self._used][alive], np.zeros(slots.size, np.int32))
         )
-        prints = np.concatenate((self._fingerprints[: self._used][alive], fingerprints))
-        self._set(all_slots[order], references[order], prints[order])
+        self._set(all_slots[order], references[order])
 
-    def _set(
-        self, slots: Int64s, references: npt.NDArray[np.int32], fingerprints: Fingerprints
-    ) -> None:
+    def _set(self, slots: Int64s, references: npt.NDArray[np.int32]) -> None:
         self._used = 0
         self._dead = 0
         self._slots = np.empty(0, np.int64)
         self._references = np.empty(0, np.int32)
-        self._fingerprints = np.empty((0, FINGERPRINT_BYTES), np.uint8)
         self._reserve(slots.size)
         self._used = slots.size
         self._slots[: self._used] = slots
         self._references[: self._used] = references
-        self._fingerprints[: self._used] = fingerprints
 
     def _reserve(self, size: int) -> None:
         if size <= self._slots.size:
             return
         capacity = max(_CAPACITY_MIN, size + size // 4)
-        for name in ("_slots", "_references", "_fingerprints"):
+        for name in ("_slots", "_references"):
             old = getattr(self, name)
-            new = np.empty((capacity, *old.shape[1:]), old.dtype)
+            new = np.empty(capacity, old.dtype)
             new[: self._used] = old[: self._used]
             setattr(self, name, new)

@@ -87,12 +87,12 @@ class StoreDirectory:
         """Bytes that all stores hold, as their block counts tell."""
         return sum(store.resident_bytes() for store in self._stores.values())
 
-    def has_room(self, pages: int) -> bool:
-        """Return whether that many more pages are within the limit; warns now and then if not."""
-        if self.resident_bytes() + pages * PAGE_SIZE <= self.limit_bytes:
-            return True
-        self.warn_full("store_limit_bytes is reached")
-        return False
+    def room(self, pages: int) -> int:
+        """Return how many of so many more pages the limit allows; warns now and then if not all."""
+        left = (self.limit_bytes - self.resident_bytes()) // PAGE_SIZE
+        if left < pages:
+            self.warn_full("store_limit_bytes is reached")
+        return max(0, min(left, pages))
 
     def warn_full(self, why: str) -> None:
         """Log that pages were refused, at most once a minute."""
@@ -142,35 +142,35 @@ class Store:
         """Return a new open file description that nobody can write through."""
         return self._directory.view.open(self.name)
 
-    def allocate(self, pages: int) -> int:
-        """Return the first of as many new consecutive slots, all zero and with memory of their own.
-
-        Raises:
-            StoreFullError: the limit or the tmpfs has no room; nothing was allocated.
-        """
-        if not self._directory.has_room(pages):
-            raise StoreFullError
-        try:
-            os.posix_fallocate(self.fd, self.slots * PAGE_SIZE, pages * PAGE_SIZE)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
-                raise
-            self._directory.warn_full(os.strerror(error.errno))
-            raise StoreFullError from error
+    def reserve(self, pages: int) -> int:
+        """Return the first of as many new consecutive slots, which take no memory until written."""
         first = self.slots
-        self.slots += pages
+        os.ftruncate(self.fd, (first + pages) * PAGE_SIZE)
+        self.slots = first + pages
         return first
 
-    def has_room(self, pages: int) -> bool:
-        """Return whether that many pages more are within the limit of all stores."""
-        return self._directory.has_room(pages)
+    def room(self, pages: int) -> int:
+        """Return how many of so many more pages the limit of all stores allows."""
+        return self._directory.room(pages)
 
     def write(self, slot: int, data: bytes | bytearray | memoryview) -> None:
-        """Fill allocated slots from `slot` on; only ever before anyone was told of them."""
+        """Fill reserved slots from `slot` on; only ever before anyone was told of them.
+
+        Raises:
+            StoreFullError: the limit or the tmpfs has no room; some may be filled.
+        """
         view = memoryview(data)
         offset = slot * PAGE_SIZE
+        if self.room(len(view) // PAGE_SIZE) * PAGE_SIZE < len(view):
+            raise StoreFullError
         while view:
-            written = os.pwrite(self.fd, view, offset)
+            try:
+                written = os.pwrite(self.fd, view, offset)
+            except OSError as error:
+                if error.errno not in (errno.ENOSPC, errno.ENOMEM, errno.EFBIG):
+                    raise
+                self._directory.warn_full(os.strerror(error.errno))
+                raise StoreFullError from error
             view = view[written:]
             offset += written
 

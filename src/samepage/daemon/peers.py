@@ -124,15 +124,32 @@ class Peer:
             OrderRefusedError: the agent did nothing.
             TimeoutError: no answer in `timeout` seconds; the order stays in flight.
         """
+        answer = self.give(kind, arena, payload, outcomes=outcomes, apply=apply)
+        async with asyncio.timeout(timeout):
+            return await asyncio.shield(answer)
+
+    def give(
+        self,
+        kind: wire.Type,
+        arena: int,
+        payload: bytes,
+        *,
+        outcomes: int = 0,
+        apply: Apply | None = None,
+    ) -> asyncio.Future[Outcomes]:
+        """Send an order as `order` does; its answer to come, which nobody may cancel.
+
+        Raises:
+            PeerGoneError: the connection has ended.
+        """
         if self.closed:
             raise PeerGoneError
         self._last_seq = self._last_seq % 0xFFFF_FFFF + 1
         seq = self._last_seq
-        future: asyncio.Future[Outcomes] = self._loop.create_future()
-        self._orders[seq] = _Order(future, outcomes, apply)
+        answer: asyncio.Future[Outcomes] = self._loop.create_future()
+        self._orders[seq] = _Order(answer, outcomes, apply)
         self.send(kind, seq, arena, payload)
-        async with asyncio.timeout(timeout):
-            return await asyncio.shield(future)
+        return answer
 
     def send(
         self,
