@@ -60,8 +60,8 @@ class MergerHost:
         self, directory: Path, store: Path, *, timeout: float = 5.0, limit_bytes: int = 0
     ) -> None:
         self.path = directory / "merger.sock"
-        self._stores = open_directory(store, limit_bytes=limit_bytes)
-        self.domains = Domains(self._stores, SECRET)
+        self.stores = open_directory(store, limit_bytes=limit_bytes)
+        self.domains = Domains(self.stores, SECRET)
         self.janitor = Janitor(self.domains)
         self.agents = Agents(self.domains, self.janitor.wake)
         self.orders = Orders(timeout)
@@ -81,7 +81,7 @@ class MergerHost:
         """End as kill -9 ends it: descriptors are closed, nothing is cleaned up."""
         self._ended = True
         self._server.stop()
-        self._stores.close()
+        self.stores.close()
 
     def stop(self) -> None:
         """End in order, unless it crashed."""

@@ -122,8 +122,18 @@ async def test_a_child_ends_with_its_parent(child: Child, tmp_path: Path) -> Non
 def test_the_hosts_of_a_directory(tmp_path: Path) -> None:
     assert places.find(tmp_path) == places.Cluster((places.Host("", tmp_path),))
     cluster = places.Cluster(
-        (places.Host("host-1", tmp_path / "host-1", *(f"127.0.0.1:{port}" for port in (1, 2, 3))),),
-        "127.0.0.1:4",
+        (
+            places.Host(
+                "host-1",
+                tmp_path / "host-1",
+                "127.0.0.1:1",
+                "127.0.0.1:2",
+                "127.0.0.1:3",
+                {"merger": "127.0.0.1:4"},
+            ),
+        ),
+        "127.0.0.1:5",
+        "127.0.0.1:6",
     )
     (tmp_path / "cluster.json").write_text(json.dumps(cluster.to_json()))
     assert places.find(tmp_path) == cluster

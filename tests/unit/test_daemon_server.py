@@ -10,59 +10,21 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
+from fakes.echo_service import Echo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from samepage.daemon.config import ConfigError
-from samepage.daemon.server import Health, ListenError, check_listen, run
+from samepage.daemon.server import ListenError, check_listen, run
 from samepage.errors import SamepageError
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Echo:
-    """A service with one streaming method that runs until it is drained."""
-
-    name = "echo"
-    drain_seconds = 5.0
-    reflection = False
-
-    def __init__(self, listen: Sequence[str], ready_file: Path) -> None:
-        self.listen = listen
-        self.ready_file = ready_file
-        self.health = Health(["test.Echo"])
-        self.draining = asyncio.Event()
-        self.steps: list[str] = []
-
-    def register(self, server: grpc.aio.Server) -> None:
-        handler: grpc.RpcMethodHandler[bytes, bytes] = grpc.unary_stream_rpc_method_handler(
-            self.stream
-        )
-        server.add_generic_rpc_handlers(
-            (grpc.method_handlers_generic_handler("test.Echo", {"Stream": handler}),)
-        )
-
-    async def stream(self, request: bytes, _context: Any) -> AsyncIterator[bytes]:
-        yield request
-        await self.draining.wait()
-        yield b"drained"
-
-    async def start(self) -> None:
-        self.steps.append("start")
-
-    async def drain(self) -> None:
-        self.steps.append("drain")
-        self.draining.set()
-
-    async def close(self) -> None:
-        self.steps.append("close")
 
 
 def health_stub(channel: grpc.aio.Channel) -> Any:
@@ -193,7 +155,7 @@ async def test_signal_during_start(tmp_path: Path) -> None:
 async def test_second_signal_exits_at_once(tmp_path: Path, number: signal.Signals) -> None:
     program = """
 import asyncio, pathlib, sys
-from test_daemon_server import Echo
+from fakes.echo_service import Echo
 from samepage.daemon.server import run
 
 class Stuck(Echo):
@@ -208,7 +170,7 @@ async def main():
 asyncio.run(main())
 """
     ready_file = tmp_path / "ready.json"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])}
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     with subprocess.Popen(
         [sys.executable, "-c", program, str(ready_file)], env=env, stdout=subprocess.PIPE, text=True
     ) as process:

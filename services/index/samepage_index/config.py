@@ -7,6 +7,7 @@ from pathlib import Path
 
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
+from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.server import check_listen
 
 SECTION = "index"
@@ -60,6 +61,11 @@ class IndexConfig:
         "How long after its lease a host's entries are kept, in case that it comes back; then "
         "they are deleted. Seconds, at least redis_timeout_seconds.",
     )
+    metrics_listen: str = setting(
+        "",
+        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
+        "one. Empty: none.",
+    )
     log_level: str = setting("info", "Lowest level shown: debug, info, warning, error, critical.")
     drain_seconds: float = setting(
         10.0, "How long calls in flight may go on after the first SIGTERM or SIGINT. Seconds."
@@ -72,6 +78,7 @@ class IndexConfig:
     def __post_init__(self) -> None:
         for address in self.addresses:
             check_listen(address)
+        check_metrics_listen(self.metrics_listen)
         check_level(self.log_level)
         require(
             LEASE_SECONDS_MIN <= self.lease_seconds <= LEASE_SECONDS_MAX,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 
 import grpc
 import structlog
+from prometheus_client.core import Metric
 
 from samepage.daemon.server import Health
 from samepage.v1 import index_pb2, index_pb2_grpc
@@ -18,6 +19,7 @@ from samepage_index.errors import StoreUnavailableError
 from samepage_index.hosts import Hosts
 from samepage_index.index import Index
 from samepage_index.janitor import Janitor
+from samepage_index.metrics import IndexMetrics
 from samepage_index.servicer import IndexServicer
 from samepage_index.store import ServerInfo, Store, Tls, read_password
 
@@ -43,6 +45,7 @@ class IndexService:
         self._janitor = Janitor(hosts, entries, config.sweep_ms, config.lease_seconds)
         index = Index(hosts, entries, self._describe_store)
         self._servicer = IndexServicer(index, config.lease_ms)
+        self._metrics = IndexMetrics(index, self._servicer)
         self._loops: list[asyncio.Task[None]] = []
 
     @property
@@ -60,6 +63,10 @@ class IndexService:
     @property
     def reflection(self) -> bool:
         return self._config.reflection
+
+    @property
+    def metrics_listen(self) -> str:
+        return self._config.metrics_listen
 
     @property
     def embedded_pid(self) -> int:
@@ -84,6 +91,10 @@ class IndexService:
         log.info("using Redis", store=self._describe_store())
         self._loop(self._check_forever())
         self._loop(self._janitor.run_forever())
+
+    async def metrics(self) -> Iterable[Metric]:
+        """What the index and its Redis say."""
+        return await self._metrics.collect()
 
     async def drain(self) -> None:
         """End the streams; scanners go to another index, or wait for the next."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any, NoReturn
 
 import grpc
+from prometheus_client import Counter, Histogram
 
 from samepage.errors import InvalidArgumentError, SamepageError, ServiceUnavailableError
 from samepage.v1 import index_pb2, index_pb2_grpc
@@ -19,6 +20,8 @@ _STATUS: tuple[tuple[type[SamepageError], grpc.StatusCode], ...] = (
     (ServiceUnavailableError, grpc.StatusCode.UNAVAILABLE),
     (SamepageError, grpc.StatusCode.INTERNAL),
 )
+
+_REQUEST_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -34,6 +37,22 @@ class IndexServicer(index_pb2_grpc.IndexServicer):
         self._index = index
         self._lease_ms = lease_ms
         self._draining = asyncio.Event()
+        self.requests = Histogram(
+            "samepage_index_request_seconds",
+            "How long requests took, by kind, those that failed too.",
+            ["kind"],
+            buckets=_REQUEST_SECONDS,
+            registry=None,
+        )
+        self.errors = Counter(
+            "samepage_index_request_errors",
+            "Requests that failed, by kind.",
+            ["kind"],
+            registry=None,
+        )
+        for kind in ("announce", "batch", "renew", "lookup"):
+            self.requests.labels(kind)
+            self.errors.labels(kind)
 
     def drain(self) -> None:
         """End the open streams."""
@@ -47,7 +66,8 @@ class IndexServicer(index_pb2_grpc.IndexServicer):
         requests = aiter(request_iterator)
         while (request := await self._next(requests)) is not None:
             try:
-                response = await self._answer(publisher, request)
+                with self._measured(request.WhichOneof("kind") or "none"):
+                    response = await self._answer(publisher, request)
             except SamepageError as error:
                 await _abort(context, error)
             yield response
@@ -61,7 +81,8 @@ class IndexServicer(index_pb2_grpc.IndexServicer):
     ) -> index_pb2.LookupResponse:
         """Who holds what."""
         try:
-            found = await self._index.lookup(request.domain_id, request.fingerprints)
+            with self._measured("lookup"):
+                found = await self._index.lookup(request.domain_id, request.fingerprints)
         except SamepageError as error:
             await _abort(context, error)
         return index_pb2.LookupResponse(hosts=map(_host, found.hosts), holders=found.holders)
@@ -90,6 +111,11 @@ class IndexServicer(index_pb2_grpc.IndexServicer):
             hosts=hosts,
             store=store,
         )
+
+    @contextlib.contextmanager
+    def _measured(self, kind: str) -> Iterator[None]:
+        with self.requests.labels(kind).time(), self.errors.labels(kind).count_exceptions():
+            yield
 
     async def _next(
         self, requests: AsyncIterator[index_pb2.PublishRequest]

@@ -48,6 +48,8 @@ class Agents:
         self._sessions: dict[Peer, Session] = {}
         self._by_agent: dict[bytes, Session] = {}
         self._announcements: dict[Arena, _Announcement] = {}
+        self.connections = 0
+        self.reconnects = 0
         # Faults served by all agents so far, by how long a thread waited (docs/protocol.md).
         self.stalls = [0] * wire.STALL_BUCKETS
         self._messages = {
@@ -81,6 +83,7 @@ class Agents:
                 peer.close()
                 return
             older.peer.close()
+        self.connections += 1
         session = Session(peer)
         self._sessions[peer] = session
         self._by_agent[peer.agent] = session
@@ -121,6 +124,9 @@ class Agents:
             text = f"this process has {ARENAS_PER_AGENT_MAX} arenas: close some first"
             raise RefusedError(errno.EMFILE, text)
         domain = self._checked_domain(wanted)
+        if wanted.lock and not session.reconnected:
+            session.reconnected = True
+            self.reconnects += 1
         try:
             if wanted.lock and (descriptors or old is not None):
                 self._announce(session, message, wanted, domain, descriptors)

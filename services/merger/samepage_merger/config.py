@@ -9,6 +9,7 @@ from pathlib import Path
 
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
+from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.server import check_listen
 
 SECTION = "merger"
@@ -55,6 +56,11 @@ class Config:
         "How long an agent has to answer an order, in seconds. The pages of one that does not "
         "are left as they are, and the others go on.",
     )
+    metrics_listen: str = setting(
+        "",
+        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
+        "one. Empty: none.",
+    )
     log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
     drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
     ready_file: Path | None = setting(
@@ -71,6 +77,7 @@ class Config:
         require(self.store_limit_bytes >= 0, "store_limit_bytes must be 0 or more")
         require(self.order_timeout_seconds > 0, "order_timeout_seconds must be more than 0")
         require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
+        check_metrics_listen(self.metrics_listen)
         check_level(self.log_level)
 
     @property

@@ -56,6 +56,7 @@ class Session:
         closing: closed arenas that orders in flight still name.
         reading: whoever uses the window holds it.
         overdue: orders that were not answered in time, and still are not.
+        reconnected: an arena was announced again on it.
     """
 
     peer: Peer
@@ -63,6 +64,7 @@ class Session:
     closing: set[Arena] = field(default_factory=set)
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     overdue: int = 0
+    reconnected: bool = False
 
     def caught_up(self) -> None:
         """An order that was late has been answered."""

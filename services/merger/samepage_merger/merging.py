@@ -19,7 +19,7 @@ from samepage.daemon import wire
 from samepage.errors import InvalidArgumentError
 from samepage_merger.domains import Arena
 from samepage_merger.pagemap import PRIVATE
-from samepage_merger.pairs import Counts, PairMerge, Side, Tally, Tools
+from samepage_merger.pairs import OUTCOMES, Counts, PairMerge, Side, Tally, Tools
 from samepage_merger.runs import batches, expand, unique, within
 
 RUN = np.dtype(
@@ -60,11 +60,17 @@ class MergeEngine:
     Args:
         find: looks up an arena.
         tools: what the work is done with.
+
+    Attributes:
+        candidates: pages that were to be merged so far.
+        outcomes: what became of pages so far, by number.
     """
 
     def __init__(self, find: FindArena, tools: Tools) -> None:
         self._find = find
         self._tools = tools
+        self.candidates = 0
+        self.outcomes = np.zeros(OUTCOMES, np.int64)
 
     async def merge(
         self, domain: str, keys: Sequence[tuple[bytes, int]], runs: bytes
@@ -81,18 +87,26 @@ class MergeEngine:
         """
         sides = [self._side(domain, row, *key) for row, key in enumerate(keys)]
         records = _checked(runs, sides)
+        self.candidates += int(records["count"].sum())
         tally = Tally(len(sides))
         work = asyncio.ensure_future(self._merge_all(sides, records, tally))
         try:
             while not work.done():
                 await asyncio.wait({work}, timeout=_PROGRESS_SECONDS)
                 if not work.done():
-                    yield Progress(*tally.take())
+                    yield self._progress(tally)
             work.result()
-            yield Progress(*tally.take())
+            yield self._progress(tally)
         finally:
             work.cancel()
             await asyncio.wait({work})
+            self._progress(tally)
+
+    def _progress(self, tally: Tally) -> Progress:
+        """What happened since the last one; also counted for the merger as a whole."""
+        progress = Progress(*tally.take())
+        self.outcomes += progress.outcomes.sum(axis=0)
+        return progress
 
     def _side(self, domain: str, row: int, agent: bytes, number: int) -> Side | None:
         arena = self._find(agent, number)

@@ -36,6 +36,8 @@ from samepage_merger.runs import Int64s, batches, expand, unique_first, unique_i
 from samepage_merger.store import StoreFullError
 
 OUTCOMES = GONE + 1
+#: By number, as the API calls them.
+OUTCOME_NAMES = (*(outcome.name.lower() for outcome in Outcome), "gone")
 STEP_PAGES = 512
 STEPS_AHEAD = 2
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import resource
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import grpc
 import structlog
+from prometheus_client.core import Metric
 
 from samepage.daemon.config import ConfigError
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import UNIX, Health
 from samepage.v1 import merger_pb2, merger_pb2_grpc
+from samepage_merger import metrics
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
 from samepage_merger.config import Config
@@ -46,12 +50,14 @@ class MergerService:
         self._config = config
         self._resources = contextlib.ExitStack()
         self._servicer: MergerServicer | None = None
+        self._collect: Callable[[], Iterable[Metric]] | None = None
         self._janitor: asyncio.Task[None] | None = None
         self.listen = (config.listen, f"{UNIX}{config.dir / API_SOCKET}")
         self.health = Health([merger_pb2.DESCRIPTOR.services_by_name["Merger"].full_name])
         self.drain_seconds = config.drain_seconds
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
+        self.metrics_listen = config.metrics_listen
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicer; `start` comes first."""
@@ -85,11 +91,17 @@ class MergerService:
             Unsharer(domains, orders),
             Accountant(config.node_name, domains, orders),
         )
+        self._collect = functools.partial(metrics.collect, domains, stores, agents, engine)
         self._start_peers(agents)
         self._janitor = asyncio.ensure_future(janitor.run_forever())
         self._janitor.add_done_callback(self._janitor_ended)
         # What is there now lives as long as the process: no collection needs to look at it.
         gc.freeze()
+
+    async def metrics(self) -> Iterable[Metric]:
+        """What the books and the agents say; `start` comes first."""
+        assert self._collect is not None
+        return self._collect()
 
     async def drain(self) -> None:
         """Nothing to end: calls in flight finish their steps."""

@@ -18,18 +18,8 @@ from samepage_merger.accounts import Accountant, Share, split
 from samepage_merger.agents import Agents
 from samepage_merger.domains import Domains
 from samepage_merger.merging import MergeEngine, Progress
+from samepage_merger.pairs import OUTCOME_NAMES
 from samepage_merger.unsharing import Unsharer
-
-_COLUMNS = (
-    "merged",
-    "differs",
-    "pinned",
-    "absent",
-    "busy",
-    "no_mapping",
-    "unsupported",
-    "gone",
-)
 
 Context = grpc.aio.ServicerContext[Any, Any]
 
@@ -128,7 +118,7 @@ def _response(progress: Progress) -> merger_pb2.MergeResponse:
     return merger_pb2.MergeResponse(
         outcomes=[
             merger_pb2.ArenaOutcome(
-                arena=row, **dict(zip(_COLUMNS, progress.outcomes[row].tolist(), strict=True))
+                arena=row, **dict(zip(OUTCOME_NAMES, progress.outcomes[row].tolist(), strict=True))
             )
             for row in rows
         ],

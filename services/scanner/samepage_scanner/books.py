@@ -136,6 +136,7 @@ class Books:
         self.domains: dict[str, Domain] = {}
         self.pages = 0
         self.pages_scanned = 0
+        self.connections = 0
         self.lock = asyncio.Lock()
 
     def arenas(self) -> Iterator[Arena]:
@@ -145,6 +146,7 @@ class Books:
 
     def connect(self, peer: Peer) -> None:
         """An agent is there."""
+        self.connections += 1
         self.agents[peer] = Agent(peer, Threads(peer.pid))
 
     def disconnect(self, peer: Peer) -> None:

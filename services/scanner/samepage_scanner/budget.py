@@ -31,6 +31,9 @@ class Budget:
 
     Args:
         hurry: set while something must not wait for background passes.
+
+    Attributes:
+        spent: CPU seconds charged so far.
     """
 
     def __init__(self, policies: Policies[Config], hurry: asyncio.Event) -> None:
@@ -39,6 +42,7 @@ class Budget:
         self._own = time.process_time()
         self._began = self._filled = _now()
         self._saved = 0.0
+        self.spent = 0.0
         self._spent: deque[tuple[float, float]] = deque()
 
     @property
@@ -79,6 +83,7 @@ class Budget:
         """Spend CPU seconds."""
         self._fill()
         self._saved -= cpu
+        self.spent += cpu
         self._spent.append((_now(), cpu))
         self._forget_old()
 

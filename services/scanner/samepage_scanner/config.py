@@ -9,6 +9,7 @@ from pathlib import Path
 
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
+from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.server import check_listen
 from samepage_scanner.attention import REST_MAX
 
@@ -99,6 +100,11 @@ class Config:
         "Pages of all arenas that this scanner keeps books of, at 17 bytes each; "
         "an arena beyond is refused. 268435456 pages are 1 TiB.",
     )
+    metrics_listen: str = setting(
+        "",
+        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
+        "one. Empty: none.",
+    )
     log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
     drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
     ready_file: Path | None = setting(
@@ -117,6 +123,7 @@ class Config:
         self._check_policy()
         require(0 < self.pages_max <= 1 << 32, "pages_max must be 1 to 4294967296")
         require(self.drain_seconds >= 0, "drain_seconds must not be negative")
+        check_metrics_listen(self.metrics_listen)
         check_level(self.log_level)
 
     def _check_policy(self) -> None:

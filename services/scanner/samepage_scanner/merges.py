@@ -74,6 +74,9 @@ class Merges:
     Args:
         interrupted: says that background work should leave off.
         budget: whose pace background work keeps.
+
+    Attributes:
+        candidates: pages that matching found equal to others, or zero, so far.
     """
 
     def __init__(
@@ -87,6 +90,7 @@ class Merges:
         self._merger = merger
         self._budget = budget
         self._interrupted = interrupted
+        self.candidates = 0
 
     async def merge(self, domain: Domain, urgent: bool = False) -> Merged:
         """Match a domain's pages and have them merged, the longest runs first.
@@ -111,6 +115,7 @@ class Merges:
             # A process that does not answer the scanner would not answer the merger.
             mute = [number for number, arena in enumerate(arenas) if arena.agent.silent]
             found = await asyncio.to_thread(match, pages, waive=urgent, min_run=min_run, mute=mute)
+            self.candidates += sum(int(runs["count"].sum()) for runs in (found.equal, found.zero))
             done = _nothing_done(arenas, found)
             complete = await self._order_all(domain, done, urgent) and not mute
             if urgent and complete and not len(found.equal) and not len(found.zero):

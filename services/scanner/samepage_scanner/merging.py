@@ -87,6 +87,7 @@ class MergerClient:
         self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
         self._stub = merger_pb2_grpc.MergerStub(self._channel)
         self.connected = False
+        self.connections = 0
 
     async def watch(self) -> None:
         """Keep connected, and keep `connected` true to the facts, until cancelled."""
@@ -95,6 +96,7 @@ class MergerClient:
             connected = state is grpc.ChannelConnectivity.READY
             if connected != self.connected:
                 self.connected = connected
+                self.connections += connected
                 self._changed(connected)
             await self._channel.wait_for_state_change(state)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import structlog
+from prometheus_client import Histogram
 
 from samepage.daemon.policies import Policies
 from samepage.reports import ShareReport
@@ -23,6 +24,9 @@ from samepage_scanner.config import Config
 from samepage_scanner.looking import Looker
 from samepage_scanner.merges import Merges
 from samepage_scanner.merging import MergerAwayError, MergerClient
+
+_KINDS = ("background", "share")
+_PASS_SECONDS = (0.001, 0.005, 0.01, 0.05, 0.1, 0.5, 1, 2, 5, 10, 20, 60, 120, 300, 600)
 
 log = structlog.get_logger(__name__)
 
@@ -58,7 +62,10 @@ class Passes:
         interval: seconds from the beginning of a background pass to the next.
         budget: what background passes may spend.
         looker: what looks at pages.
+        merges: what has equal pages merged.
         passes: how many there were.
+        seconds: how long they took.
+        shares: requests so far.
     """
 
     def __init__(
@@ -77,10 +84,20 @@ class Passes:
         self._woken = asyncio.Event()
         self.budget = Budget(policies, self._urgent)
         self.looker = Looker(books, policies, self.budget)
-        self._merges = Merges(policies, merger, self.budget, self._urgent.is_set)
+        self.merges = Merges(policies, merger, self.budget, self._urgent.is_set)
         self._running = asyncio.Lock()
         self.interval = policies.current.interval_seconds
         self.passes = 0
+        self.shares = 0
+        self.seconds = Histogram(
+            "samepage_scanner_pass_seconds",
+            "How long passes took, by kind: background, or share.",
+            ["kind"],
+            buckets=_PASS_SECONDS,
+            registry=None,
+        )
+        for kind in _KINDS:
+            self.seconds.labels(kind)
 
     async def share(self, domain: Domain, arenas: Sequence[Arena]) -> list[ShareReport]:
         """Look now and merge what is equal.
@@ -96,6 +113,7 @@ class Passes:
         """
         answer: asyncio.Future[list[ShareReport]] = asyncio.get_running_loop().create_future()
         request = _Request(domain, arenas, answer)
+        self.shares += 1
         self._waiting.append(request)
         self._urgent.set()
         self._woken.set()
@@ -138,10 +156,11 @@ class Passes:
             shares, self._waiting = self._waiting, []
             self._urgent.clear()
             try:
-                if shares:
-                    await self._serve(shares)
-                else:
-                    await self._background()
+                with self.seconds.labels(_KINDS[bool(shares)]).time():
+                    if shares:
+                        await self._serve(shares)
+                    else:
+                        await self._background()
             finally:
                 for share in shares:
                     text = "the scanner is stopping; try again when it is back"
@@ -178,7 +197,7 @@ class Passes:
     async def _merge_in_background(self, domain: Domain) -> int:
         await self.budget.admit()
         try:
-            return (await self._merges.merge(domain)).merged
+            return (await self.merges.merge(domain)).merged
         except MergerAwayError as error:
             log.debug("not merging now", domain=domain.name, why=str(error))
             return 0
@@ -202,7 +221,7 @@ class Passes:
     async def _answer(self, domain: Domain, shares: Sequence[_Request]) -> None:
         try:
             await self._merger.ready()
-            done = await self._merges.merge(domain, urgent=True)
+            done = await self.merges.merge(domain, urgent=True)
         except MergerAwayError as error:
             for share in shares:
                 _fail(share, errno.ENOTCONN, str(error))

@@ -77,6 +77,7 @@ class Publisher:
         self._pending: deque[index_pb2.Batch] = deque()
         self._news = asyncio.Event()
         self.connected = False
+        self.connections = 0
         self.published = 0
 
     def notify(self) -> None:
@@ -213,6 +214,7 @@ class Publisher:
     def _connected(self, connected: bool) -> None:
         if connected != self.connected:
             self.connected = connected
+            self.connections += connected
             self._changed(connected)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterable
 from pathlib import Path
 
 import grpc
 import structlog
+from prometheus_client.core import Metric
 
 from samepage.daemon.config import ConfigError
 from samepage.daemon.peers import PeerServer
@@ -15,6 +16,7 @@ from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import Health
 from samepage.v1 import scanner_pb2_grpc
+from samepage_scanner import metrics
 from samepage_scanner.books import Books
 from samepage_scanner.channel import Channel
 from samepage_scanner.config import Config
@@ -46,6 +48,7 @@ class ScannerService:
         self.drain_seconds = config.drain_seconds
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
+        self.metrics_listen = config.metrics_listen
         self.books = Books(read_secret(config.secret_file), config.pages_max)
         self.merger = MergerClient(
             config.merger_target, config.merger_seconds, self._merger_changed
@@ -87,6 +90,10 @@ class ScannerService:
         self._begin("merger watch", self.merger.watch())
         if self.publisher is not None:
             self._begin("publisher", self.publisher.run_forever())
+
+    async def metrics(self) -> Iterable[Metric]:
+        """What the books and the passes say."""
+        return metrics.collect(self.books, self.passes, self.merger, self.publisher, self.policies)
 
     async def drain(self) -> None:
         """End the loops: shares that wait are refused."""

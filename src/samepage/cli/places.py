@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from samepage.client import DEFAULT_DIRECTORY
@@ -16,21 +16,27 @@ CLUSTER_FILE = "cluster.json"
 
 @dataclass(frozen=True)
 class Host:
-    """A host's name, socket directory, and gRPC addresses ("address:port", empty: not known)."""
+    """A host's name, socket directory, and gRPC addresses ("address:port", empty: not known).
+
+    Attributes:
+        metrics: where its daemons serve metrics over HTTP, by daemon.
+    """
 
     name: str
     directory: Path
     merger: str = ""
     scanner: str = ""
     arenas: str = ""
+    metrics: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The hosts, and the index's gRPC address (empty: not known)."""
+    """The hosts, and the index's addresses: of gRPC and of its metrics (empty: not known)."""
 
     hosts: tuple[Host, ...]
     index: str = ""
+    index_metrics: str = ""
 
     def to_json(self) -> dict[str, object]:
         """Return what cluster.json holds."""
@@ -41,10 +47,11 @@ class Cluster:
                 "merger": host.merger,
                 "scanner": host.scanner,
                 "arenas": host.arenas,
+                "metrics": dict(host.metrics),
             }
             for host in self.hosts
         ]
-        return {"index": self.index, "hosts": hosts}
+        return {"index": self.index, "index_metrics": self.index_metrics, "hosts": hosts}
 
 
 def find(directory: Path | None) -> Cluster:
@@ -81,10 +88,11 @@ def read(file: Path) -> Cluster:
                 host["merger"],
                 host["scanner"],
                 host.get("arenas", ""),
+                host.get("metrics", {}),
             )
             for host in content["hosts"]
         )
-        return Cluster(hosts, content["index"])
+        return Cluster(hosts, content["index"], content.get("index_metrics", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InvalidArgumentError(f"{file} cannot be read: {error}") from error
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections import Counter
 
 import structlog
 from structlog.typing import EventDict, Processor, WrappedLogger
 
 from samepage.daemon.config import require
+
+#: Lines that were logged, by level.
+counts: Counter[str] = Counter()
 
 LEVELS = ("debug", "info", "warning", "error", "critical")
 
@@ -35,6 +39,7 @@ def configure(level: str, service: str, node: str) -> None:
     shared: list[Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
+        _count,
         _add_origin(service, node),
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
@@ -50,6 +55,11 @@ def configure(level: str, service: str, node: str) -> None:
         cache_logger_on_first_use=False,
     )
     _configure_libraries(number, shared, render)
+
+
+def _count(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    counts[event["level"]] += 1
+    return event
 
 
 def _add_origin(service: str, node: str) -> Processor:

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 import signal
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,8 +21,10 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
+from prometheus_client.core import Metric
 
 from samepage.daemon.config import ConfigError
+from samepage.daemon.metrics import MetricsServer, common
 from samepage.errors import SamepageError
 
 UNIX = "unix:"
@@ -145,7 +147,11 @@ class Service(Protocol):
 
     @property
     def ready_file(self) -> Path | None:
-        """Gets `{"address": ..., "addresses": [...], "pid": ...}` when serving."""
+        """Gets `{"address": ..., "addresses": [...], "metrics": ..., "pid": ...}` when serving."""
+
+    @property
+    def metrics_listen(self) -> str:
+        """Where metrics are served over HTTP, "127.0.0.1:0" (0: any free port). Empty: nowhere."""
 
     @property
     def reflection(self) -> bool:
@@ -156,6 +162,10 @@ class Service(Protocol):
 
     async def start(self) -> None:
         """Get ready; called before the first call is accepted."""
+
+    async def metrics(self) -> Iterable[Metric]:
+        """What there is to tell now, besides what every service has. Called between `start` and
+        `close`."""
 
     async def drain(self) -> None:
         """End streams and loops soon: no new call comes, those in flight still run."""
@@ -220,15 +230,35 @@ async def _serve(service: Service, stop: _Stop) -> None:
         names = (*service.health.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
     addresses = [_listen(server, address) for address in service.listen]
+
+    async def collect() -> Iterable[Metric]:
+        return [*common(service.name, service.health.serving), *await service.metrics()]
+
+    exporter = MetricsServer(collect)
+    metrics = await _export(exporter, service.metrics_listen)
     await server.start()
     try:
         service.health.started()
         if service.ready_file is not None:
-            write_ready_file(service.ready_file, addresses)
-        log.info("serving", addresses=addresses, pid=os.getpid())
+            write_ready_file(service.ready_file, addresses, metrics)
+        log.info("serving", addresses=addresses, metrics=metrics, pid=os.getpid())
         await stop.event.wait()
     finally:
         await _drain(service, server)
+        await exporter.stop()
+
+
+async def _export(exporter: MetricsServer, listen: str) -> str:
+    """Serve metrics, if that is wanted; returns the address."""
+    if not listen:
+        return ""
+    try:
+        return await exporter.start(listen)
+    except OSError as error:
+        raise ListenError(
+            f"cannot serve metrics on {listen} ({error.strerror}): set metrics_listen to another "
+            "address, or to nothing"
+        ) from error
 
 
 async def _drain(service: Service, server: grpc.aio.Server) -> None:
@@ -243,14 +273,19 @@ async def _drain(service: Service, server: grpc.aio.Server) -> None:
     log.info("stopped")
 
 
-def write_ready_file(path: Path, addresses: Sequence[str]) -> None:
+def write_ready_file(path: Path, addresses: Sequence[str], metrics: str = "") -> None:
     """Tell whoever started this process that it serves. The file appears whole, or not at all.
 
     Raises:
         ConfigError: it cannot be written.
     """
     tcp = [address for address in addresses if not address.startswith(UNIX)]
-    ready = {"address": (tcp or addresses)[0], "addresses": [*addresses], "pid": os.getpid()}
+    ready = {
+        "address": (tcp or addresses)[0],
+        "addresses": [*addresses],
+        "metrics": metrics,
+        "pid": os.getpid(),
+    }
     draft = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         draft.write_text(json.dumps(ready) + "\n")

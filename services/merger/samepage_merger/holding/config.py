@@ -8,6 +8,7 @@ from pathlib import Path
 
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
+from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.server import check_listen
 from samepage.rpc import ARENAS_SOCKET
 from samepage.sizes import memory_bytes
@@ -47,6 +48,11 @@ class Config:
     idle_seconds: float = setting(
         60.0, "How long a stream may stand still for its client before it is ended, in seconds."
     )
+    metrics_listen: str = setting(
+        "",
+        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
+        "one. Empty: none.",
+    )
     log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
     drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
     ready_file: Path | None = setting(
@@ -61,6 +67,7 @@ class Config:
         require(self.streams_max >= 1, "streams_max must be 1 or more")
         require(self.idle_seconds > 0, "idle_seconds must be more than 0")
         require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
+        check_metrics_listen(self.metrics_listen)
         check_level(self.log_level)
 
     @property

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
 from pathlib import Path
 
 import grpc
+from prometheus_client.core import Metric
 
 import samepage
 from samepage.daemon.server import UNIX, Health
 from samepage.v1 import arenas_pb2, arenas_pb2_grpc
+from samepage_merger.holding import metrics
 from samepage_merger.holding.config import Config
 from samepage_merger.holding.held import HeldArenas, Limits
 from samepage_merger.holding.servicer import ArenasServicer
@@ -28,6 +31,7 @@ class ArenasService:
         self.drain_seconds = config.drain_seconds
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
+        self.metrics_listen = config.metrics_listen
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicer; `start` comes first."""
@@ -46,6 +50,11 @@ class ArenasService:
         node = await asyncio.to_thread(samepage.connect, config.dir)
         limits = Limits(config.limit_bytes, config.arenas_max, config.streams_max)
         self._held = HeldArenas(node, limits)
+
+    async def metrics(self) -> Iterable[Metric]:
+        """What is held; `start` comes first."""
+        assert self._held is not None
+        return metrics.collect(self._held)
 
     async def drain(self) -> None:
         """Nothing to end: calls in flight have their time."""
