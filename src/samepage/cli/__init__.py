@@ -15,6 +15,7 @@ import typer
 from samepage import errors
 from samepage.cli import arenas, doctor, policy, scan, share, status, up
 from samepage.cli.demo import command as demo_command
+from samepage.cli.top import command as top_command
 
 EXIT_CODES = (
     (errors.InvalidArgumentError, 2),
@@ -33,6 +34,7 @@ app = typer.Typer(
 COMMANDS = (
     up.up,
     status.status,
+    top_command.top,
     arenas.arenas,
     share.share,
     scan.scan,

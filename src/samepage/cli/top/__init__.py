@@ -1,0 +1,1 @@
+"""`samepage top`: who shares and saves what, live."""
