@@ -52,6 +52,7 @@ struct sp_share_report {
 	uint64_t unique;      /* no equal page on this host */
 	uint64_t shared;      /* mapped to a shared page now, earlier ones included */
 	uint64_t pages;	      /* all pages of the arena */
+	uint64_t no_headroom; /* undoing it might not fit into the host's memory */
 };
 
 /* Pages of an arena now, as the kernel shows them; they sum to `pages`. */

@@ -184,7 +184,8 @@ int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_repor
 					   .unsupported = shared.unsupported,
 					   .unique = shared.unique,
 					   .shared = shared.shared,
-					   .pages = shared.pages};
+					   .pages = shared.pages,
+					   .no_headroom = shared.no_headroom};
 	return 0;
 }
 

@@ -205,11 +205,14 @@ static int receive_refused(struct sp_node *node, const struct sp_message *messag
 static int receive_shared(struct sp_reader *reader, const struct sp_message *message)
 {
 	struct sp_request *request = sp_mailbox_awaited(&reader->mailbox, message->header->seq);
+	size_t length = reader->link.version > 1 ? sizeof(struct wire_shared)
+						 : offsetof(struct wire_shared, no_headroom);
 
-	if (message->length != sizeof(struct wire_shared))
+	if (message->length != length)
 		return -EPROTO;
 	if (request) {
-		memcpy(request->answer, message->payload, sizeof(struct wire_shared));
+		memset(request->answer, 0, sizeof(struct wire_shared));
+		memcpy(request->answer, message->payload, length);
 		sp_mailbox_done(&reader->mailbox, request, 0, NULL);
 	}
 	return 0;

@@ -130,6 +130,7 @@ struct wire_done { /* outcomes follow, a byte each */
 struct wire_shared {
 	uint64_t merged, differs, pinned, absent, busy, no_mapping, unsupported, unique, shared,
 		pages;
+	uint64_t no_headroom; /* not in version 1 */
 };
 
 struct wire_accounted {
@@ -160,6 +161,6 @@ _Static_assert(sizeof(struct wire_hello) == 24, "HELLO");
 _Static_assert(sizeof(struct wire_welcome) == 16, "WELCOME");
 _Static_assert(sizeof(struct wire_arena_open) == 24, "ARENA_OPEN");
 _Static_assert(sizeof(struct wire_run) == 24, "run");
-_Static_assert(sizeof(struct wire_shared) == 80, "SHARED");
+_Static_assert(sizeof(struct wire_shared) == 88, "SHARED");
 
 #endif

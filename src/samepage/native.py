@@ -82,6 +82,7 @@ class _ShareReport(ctypes.Structure):
             "unique",
             "shared",
             "pages",
+            "no_headroom",
         )
     ]
 

@@ -23,6 +23,7 @@ class ShareReport:
         unique: no equal page on this host.
         shared: mapped to a shared page now, those from before included.
         pages: all pages of the arena.
+        no_headroom: not merged, since undoing that might not fit into the host's memory.
     """
 
     merged: int
@@ -35,6 +36,7 @@ class ShareReport:
     unique: int
     shared: int
     pages: int
+    no_headroom: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -161,6 +161,9 @@ class FakeAgent:
         """SHARE, and what SHARED says. Raises RefusedError, DroppedError."""
         shared = await self.request(Type.SHARE, arena.number)
         names = "merged differs pinned absent busy no_mapping unsupported unique shared pages"
+        if self._version == 1:
+            return dict(zip(names.split(), wire.unpack(wire.SHARED_V1, shared), strict=True))
+        names += " no_headroom"
         return dict(zip(names.split(), wire.unpack(wire.SHARED, shared), strict=True))
 
     def close_arena(self, arena: FakeArena) -> None:

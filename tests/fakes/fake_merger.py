@@ -105,6 +105,18 @@ class FakeMerger(merger_pb2_grpc.MergerServicer):
         """UNIMPLEMENTED: a scanner does not ask."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not in this merger")
 
+    async def GetPolicy(
+        self, request: merger_pb2.GetMergerPolicyRequest, context: Context
+    ) -> merger_pb2.GetMergerPolicyResponse:
+        """None."""
+        return merger_pb2.GetMergerPolicyResponse()
+
+    async def SetPolicy(
+        self, request: merger_pb2.SetMergerPolicyRequest, context: Context
+    ) -> merger_pb2.SetMergerPolicyResponse:
+        """None."""
+        return merger_pb2.SetMergerPolicyResponse()
+
     async def _check(
         self,
         request: merger_pb2.MergeRequest,

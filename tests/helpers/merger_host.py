@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,10 +14,13 @@ import pytest
 from fakes.fake_merging_agent import FakeArena, FakeMergingAgent
 
 from samepage.daemon.peers import PeerServer
+from samepage.daemon.policies import Policies
 from samepage.daemon.wire import PAGE_SIZE
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
+from samepage_merger.config import Config
 from samepage_merger.domains import Domain, Domains
+from samepage_merger.headroom import Headroom
 from samepage_merger.janitor import Janitor
 from samepage_merger.merging import RUN, ZERO_LEADER, MergeEngine
 from samepage_merger.orders import Orders
@@ -57,15 +60,24 @@ class MergerHost:
     """The merger's parts, put together."""
 
     def __init__(
-        self, directory: Path, store: Path, *, timeout: float = 5.0, limit_bytes: int = 0
+        self,
+        directory: Path,
+        store: Path,
+        *,
+        timeout: float = 5.0,
+        limit_bytes: int = 0,
+        config: Config | None = None,
+        available: Callable[[], int] = lambda: 1 << 40,
     ) -> None:
         self.path = directory / "merger.sock"
         self.stores = open_directory(store, limit_bytes=limit_bytes)
         self.domains = Domains(self.stores, SECRET)
         self.janitor = Janitor(self.domains)
         self.agents = Agents(self.domains, self.janitor.wake)
+        self.policies = Policies(config or Config(node="test"))
+        self.headroom = Headroom(self.policies, self.domains.saved_pages, available)
         self.orders = Orders(timeout)
-        self.engine = MergeEngine(self.agents.find, Tools(self.orders))
+        self.engine = MergeEngine(self.agents.find, Tools(self.orders, self.headroom))
         self.unsharer = Unsharer(self.domains, self.orders)
         self.accountant = Accountant("host-a", self.domains, self.orders)
         self._server = PeerServer(self.path, self.agents, WINDOW_BYTES)

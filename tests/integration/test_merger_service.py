@@ -24,6 +24,8 @@ from samepage.daemon.wire import PAGE_SIZE, Outcome
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 from samepage_merger.config import Config
 from samepage_merger.merging import RUN, ZERO_LEADER
+from samepage_merger.orders import NO_HEADROOM
+from samepage_merger.pairs import OUTCOMES
 
 KILLS = 12
 PAGES = 400
@@ -81,13 +83,13 @@ class Merger:
             arenas=[merger_pb2.ArenaKey(agent=a.owner.agent, arena=a.number) for a in arenas],
             runs=np.array(list(runs), RUN).tobytes(),
         )
-        merged = np.zeros((len(arenas), 8), np.int64)
+        merged = np.zeros((len(arenas), OUTCOMES), np.int64)
         responses = [response async for response in self.api.Merge(request)]
         assert [r.done for r in responses] == [False] * (len(responses) - 1) + [True]
         for response in responses:
             for o in response.outcomes:
                 counts = (o.merged, o.differs, o.pinned, o.absent, o.busy, o.no_mapping)
-                merged[o.arena] += (*counts, o.unsupported, o.gone)
+                merged[o.arena] += (*counts, o.unsupported, o.gone, o.no_headroom)
         assert sum(r.pages_done for r in responses) == sum(run[4] for run in runs)
         return merged
 
@@ -169,6 +171,35 @@ async def test_errors_of_the_api(merger: Merger, agents: list[FakeMergingAgent])
     with pytest.raises(grpc.aio.AioRpcError) as error:
         await merger.api.Unshare(merger_pb2.UnshareRequest(domain="-", arena="missing"))
     assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
+async def test_the_policy_is_changed_while_it_runs(
+    merger: Merger, agents: list[FakeMergingAgent]
+) -> None:
+    data = random_pages(1, PAGES)
+    arenas = [await agent.open(f"arena-{n}", data) for n, agent in enumerate(agents)]
+    policy = (await merger.api.GetPolicy(merger_pb2.GetMergerPolicyRequest())).policy
+    for field in policy.DESCRIPTOR.fields:
+        assert policy.HasField(field.name)  # type: ignore[arg-type]  # a name that is one
+        assert getattr(policy, field.name) == getattr(Config(node="test"), field.name)
+    policy = merger_pb2.MergerPolicy(headroom_percent=100.0, memory_ceiling_bytes=99 * PAGE_SIZE)
+    await merger.api.SetPolicy(merger_pb2.SetMergerPolicyRequest(policy=policy))
+    merged = await merger.merge("default", arenas, (0, 1, 0, 0, PAGES))
+    assert merged[1, Outcome.MERGED] == 99 and merged[1, NO_HEADROOM] == PAGES - 99
+    status = await merger.status()
+    assert (status.headroom_bytes, status.no_headroom_total) == (0, PAGES - 99)
+    assert status.available_bytes == 99 * PAGE_SIZE
+    policy = merger_pb2.MergerPolicy(memory_ceiling_bytes=0, store_limit_bytes=150 * PAGE_SIZE)
+    answer = await merger.api.SetPolicy(merger_pb2.SetMergerPolicyRequest(policy=policy))
+    assert (answer.policy.headroom_percent, answer.policy.store_limit_bytes) == (100, 614400)
+    merged = await merger.merge("default", arenas, (0, 1, 0, 0, PAGES))
+    assert merged[1, Outcome.MERGED] == 51 and merged[1, Outcome.BUSY] == PAGES - 150
+    bad = merger_pb2.MergerPolicy(headroom_percent=101.0, store_limit_bytes=0)
+    with pytest.raises(grpc.aio.AioRpcError, match="headroom_percent must be 0 to 100") as error:
+        await merger.api.SetPolicy(merger_pb2.SetMergerPolicyRequest(policy=bad))
+    assert error.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    again = (await merger.api.GetPolicy(merger_pb2.GetMergerPolicyRequest())).policy
+    assert again == answer.policy
 
 
 async def test_the_operators_socket_and_health(merger: Merger) -> None:

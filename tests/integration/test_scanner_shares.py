@@ -58,6 +58,7 @@ async def test_equal_pages_are_merged_and_accounted(
         "unique": 5,
         "shared": 40,
         "pages": 48,
+        "no_headroom": 0,
     }
     assert merger.runs == [("zero", 0, "a", 45, 2), ("a", 0, "b", 0, 40)]
     assert set(merger.domains) == {"default"}

@@ -51,6 +51,18 @@ class Config:
     store_limit_bytes: int = setting(
         0, "How many bytes of shared pages all domains may have together. 0: half of the tmpfs."
     )
+    headroom_percent: float = setting(
+        25.0,
+        "What share of the bytes that merging saves must fit into the memory that the host has "
+        "left, in percent, 0 to 100: merges beyond are refused, since undoing them in a burst of "
+        "writes might end in processes being killed. A policy, as are store_limit_bytes and the "
+        "next one: `samepage policy` changes them while the merger runs.",
+    )
+    memory_ceiling_bytes: int = setting(
+        0,
+        "How many bytes of memory undone merges may count on at most. 0: all that the host has "
+        "left, within the limits of the merger's own control group.",
+    )
     order_timeout_seconds: float = setting(
         5.0,
         "How long an agent has to answer an order, in seconds. The pages of one that does not "
@@ -75,6 +87,11 @@ class Config:
         )
         check_listen(self.listen)
         require(self.store_limit_bytes >= 0, "store_limit_bytes must be 0 or more")
+        require(
+            0 <= self.headroom_percent <= 100,
+            f"headroom_percent must be 0 to 100, not {self.headroom_percent:g}",
+        )
+        require(self.memory_ceiling_bytes >= 0, "memory_ceiling_bytes must be 0 or more")
         require(self.order_timeout_seconds > 0, "order_timeout_seconds must be more than 0")
         require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
         check_metrics_listen(self.metrics_listen)

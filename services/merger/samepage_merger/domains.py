@@ -335,6 +335,10 @@ class Domains:
         for domain in self:
             yield from domain.names.values()
 
+    def saved_pages(self) -> int:
+        """Return how many pages merging saves."""
+        return sum(domain.books.saved_pages() for domain in self)
+
     def resident_bytes(self) -> int:
         """Bytes of all stores."""
         return self._stores.resident_bytes()

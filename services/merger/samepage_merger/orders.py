@@ -23,6 +23,8 @@ from samepage_merger.runs import Int64s, join, join_extents
 
 #: Outcome of a page whose arena is gone, or of another domain.
 GONE = len(Outcome)
+#: Outcome of a page whose merge might not be undone within the host's memory.
+NO_HEADROOM = GONE + 1
 
 _EXTENTS_MAX = (wire.MESSAGE_MAX - wire.HEADER.size - wire.REPLACE.size) // wire.EXTENT.itemsize
 _RESTORES_IN_FLIGHT = 64

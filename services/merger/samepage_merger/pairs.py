@@ -30,14 +30,15 @@ from samepage.daemon import wire
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.domains import Arena
-from samepage_merger.orders import GONE, Orders
+from samepage_merger.headroom import Headroom
+from samepage_merger.orders import GONE, NO_HEADROOM, Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, batches, expand, unique_first, unique_inverse
 from samepage_merger.store import StoreFullError
 
-OUTCOMES = GONE + 1
+OUTCOMES = NO_HEADROOM + 1
 #: By number, as the API calls them.
-OUTCOME_NAMES = (*(outcome.name.lower() for outcome in Outcome), "gone")
+OUTCOME_NAMES = (*(outcome.name.lower() for outcome in Outcome), "gone", "no_headroom")
 STEP_PAGES = 512
 STEPS_AHEAD = 2
 
@@ -90,6 +91,7 @@ class Tools:
     """What every pair needs. `steps_ahead` bounds the memory that merging takes."""
 
     orders: Orders
+    headroom: Headroom
     steps_ahead: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STEPS_AHEAD))
 
 
@@ -127,29 +129,31 @@ class PairMerge:
         self._leader = leader
         self._follower = follower
         self._tally = tally
+        self._headroom = tools.headroom
         self._steps_taken = 0
+        self._pages_taken = 0
 
     async def merge(self, leader_first: Int64s, follower_first: Int64s, counts: Int64s) -> None:
         """Merge runs of pages; they must lie within their arenas."""
-        async with _Background() as following:
-            for run, offset, length in batches(counts, _BATCH_PAGES):
-                leader_pages = expand(leader_first[run] + offset, length)
-                follower_pages = expand(follower_first[run] + offset, length)
-                async with self._leader.arena.promoting:
-                    await self._batch(leader_pages, follower_pages, following)
-                await asyncio.sleep(0)
-            await following.finish()
+        try:
+            async with _Background() as following:
+                for run, offset, length in batches(counts, _BATCH_PAGES):
+                    leader_pages = expand(leader_first[run] + offset, length)
+                    follower_pages = expand(follower_first[run] + offset, length)
+                    async with self._leader.arena.promoting:
+                        await self._batch(leader_pages, follower_pages, following)
+                    await asyncio.sleep(0)
+                await following.finish()
+        finally:
+            self._headroom.give_back(self._pages_taken)
 
     async def _batch(
         self, leader_pages: Int64s, follower_pages: Int64s, following: _Background
     ) -> None:
-        if self._leader.arena is self._follower.arena:
-            other = leader_pages != follower_pages
-            self._tally.done(leader_pages.size - int(np.count_nonzero(other)))
-            leader_pages, follower_pages = leader_pages[other], follower_pages[other]
-        ours = self._leader.arena.map.slots(leader_pages)
-        theirs = self._follower.arena.map.slots(follower_pages)
-        private = (ours == PRIVATE) & (theirs == PRIVATE)
+        leader_pages, follower_pages = self._admit(leader_pages, follower_pages)
+        private = (self._leader.arena.map.slots(leader_pages) == PRIVATE) & (
+            self._follower.arena.map.slots(follower_pages) == PRIVATE
+        )
         if not private.all():
             ready = leader_pages[~private], follower_pages[~private]
             await following.start(functools.partial(self._link, *ready))
@@ -159,6 +163,29 @@ class PairMerge:
         if leader_pages.size:
             await self._promote(leader_pages, follower_pages, following)
 
+    def _admit(self, leader_pages: Int64s, follower_pages: Int64s) -> tuple[Int64s, Int64s]:
+        """Return the pairs that are to be merged: not those that are one already, nor those whose
+        merge might not be undone."""
+        ours = self._leader.arena.map.slots(leader_pages)
+        apart = (ours == PRIVATE) | (ours != self._follower.arena.map.slots(follower_pages))
+        if self._leader.arena is self._follower.arena:
+            apart &= leader_pages != follower_pages
+        if not apart.all():
+            self._tally.done(apart.size - int(np.count_nonzero(apart)))
+            leader_pages, follower_pages = leader_pages[apart], follower_pages[apart]
+        granted = self._headroom.take(leader_pages.size)
+        self._pages_taken += granted
+        refused = leader_pages.size - granted
+        if refused:
+            self._tally.count(self._follower.row, np.full(refused, NO_HEADROOM, np.uint8))
+            self._tally.done(refused)
+        return leader_pages[:granted], follower_pages[:granted]
+
+    def _through(self, pairs: int) -> None:
+        self._pages_taken -= pairs
+        self._headroom.give_back(pairs)
+        self._tally.done(pairs)
+
     def _without_chains(
         self, leader_pages: Int64s, follower_pages: Int64s
     ) -> tuple[Int64s, Int64s]:
@@ -166,7 +193,7 @@ class PairMerge:
         chained = np.isin(leader_pages, follower_pages)
         busy = np.full(int(np.count_nonzero(chained)), Outcome.BUSY, np.uint8)
         self._tally.count(self._follower.row, busy)
-        self._tally.done(busy.size)
+        self._through(busy.size)
         return leader_pages[~chained], follower_pages[~chained]
 
     async def _promote(
@@ -264,7 +291,7 @@ class PairMerge:
             for low in range(0, at.size, STEP_PAGES):
                 some = at[low : low + STEP_PAGES]
                 await self._converge(leader_pages[some], follower_pages[some])
-        self._tally.done(leader_pages.size)
+        self._through(leader_pages.size)
 
     def _count_neither(self, neither: npt.NDArray[np.bool_], failed: Outcomes | None) -> None:
         outcomes = np.full(int(np.count_nonzero(neither)), Outcome.BUSY, np.uint8)

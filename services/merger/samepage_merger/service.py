@@ -17,6 +17,7 @@ from prometheus_client.core import Metric
 
 from samepage.daemon.config import ConfigError
 from samepage.daemon.peers import PeerServer
+from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import UNIX, Health
 from samepage.v1 import merger_pb2, merger_pb2_grpc
@@ -25,7 +26,9 @@ from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
 from samepage_merger.config import Config
 from samepage_merger.domains import Domains
+from samepage_merger.headroom import Headroom
 from samepage_merger.janitor import Janitor
+from samepage_merger.memory import HostMemory
 from samepage_merger.merging import MergeEngine
 from samepage_merger.orders import Orders
 from samepage_merger.pairs import Tools
@@ -81,8 +84,11 @@ class MergerService:
         self._resources.callback(domains.close)
         janitor = Janitor(domains)
         agents = Agents(domains, janitor.wake)
+        policies = Policies(config)
+        policies.follow(lambda: stores.limit(policies.current.store_limit_bytes))
+        headroom = Headroom(policies, domains.saved_pages, HostMemory().available)
         orders = Orders(config.order_timeout_seconds)
-        engine = MergeEngine(agents.find, Tools(orders))
+        engine = MergeEngine(agents.find, Tools(orders, headroom))
         self._servicer = MergerServicer(
             config.node_name,
             domains,
@@ -90,6 +96,8 @@ class MergerService:
             engine,
             Unsharer(domains, orders),
             Accountant(config.node_name, domains, orders),
+            headroom,
+            policies,
         )
         self._collect = functools.partial(metrics.collect, domains, stores, agents, engine)
         self._start_peers(agents)

@@ -11,12 +11,16 @@ import grpc
 import numpy as np
 
 from samepage import accounts
+from samepage.daemon.config import ConfigError
+from samepage.daemon.policies import Policies
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.errors import InvalidArgumentError, NotFoundError
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 from samepage_merger.accounts import Accountant, Share, split
 from samepage_merger.agents import Agents
+from samepage_merger.config import Config
 from samepage_merger.domains import Domains
+from samepage_merger.headroom import Headroom
 from samepage_merger.merging import MergeEngine, Progress
 from samepage_merger.pairs import OUTCOME_NAMES
 from samepage_merger.unsharing import Unsharer
@@ -35,6 +39,8 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         engine: MergeEngine,
         unsharer: Unsharer,
         accountant: Accountant,
+        headroom: Headroom,
+        policies: Policies[Config],
     ) -> None:
         self._node = node
         self._domains = domains
@@ -42,6 +48,8 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         self._engine = engine
         self._unsharer = unsharer
         self._accountant = accountant
+        self._headroom = headroom
+        self._policies = policies
 
     async def Merge(
         self, request: merger_pb2.MergeRequest, context: Context
@@ -110,7 +118,28 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
             merged_total=sum(domain.merged for domain in domains),
             restored_total=sum(domain.restored for domain in domains),
             cpu_seconds=time.process_time(),
+            headroom_bytes=self._headroom.left_bytes(),
+            available_bytes=self._headroom.available_bytes(),
+            no_headroom_total=self._headroom.refused,
         )
+
+    async def GetPolicy(
+        self, request: merger_pb2.GetMergerPolicyRequest, context: Context
+    ) -> merger_pb2.GetMergerPolicyResponse:
+        """What may change while the merger runs."""
+        policy = self._policies.fill(merger_pb2.MergerPolicy())
+        return merger_pb2.GetMergerPolicyResponse(policy=policy)
+
+    async def SetPolicy(
+        self, request: merger_pb2.SetMergerPolicyRequest, context: Context
+    ) -> merger_pb2.SetMergerPolicyResponse:
+        """Change it, and say what it is then."""
+        try:
+            self._policies.change(request.policy)
+        except ConfigError as error:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        policy = self._policies.fill(merger_pb2.MergerPolicy())
+        return merger_pb2.SetMergerPolicyResponse(policy=policy)
 
 
 def _response(progress: Progress) -> merger_pb2.MergeResponse:

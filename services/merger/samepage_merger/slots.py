@@ -26,6 +26,7 @@ class SlotTable:
         self._references = np.empty(_CAPACITY_MIN, np.int32)
         self._used = 0
         self._dead = 0
+        self._referenced = 0
 
     def __len__(self) -> int:
         return self._used - self._dead
@@ -51,7 +52,7 @@ class SlotTable:
 
     def referenced(self) -> int:
         """Return how many slots have at least one reference."""
-        return int(np.count_nonzero(self._references[: self._used] > 0))
+        return self._referenced
 
     def missing(self, slots: Int64s) -> Int64s:
         """Return those of the slots that do not live, each once, ascending."""
@@ -81,8 +82,11 @@ class SlotTable:
         """Add a reference for each slot named; a slot may be named many times."""
         at = self._at(slots)
         if isinstance(at, slice):
+            self._referenced += slots.size - int(np.count_nonzero(self._references[at]))
             self._references[at] += 1
         else:
+            new = unique(at[self._references[at] == 0])
+            self._referenced += new.size
             np.add.at(self._references, at, 1)
 
     def unreference(self, slots: Int64s) -> Int64s:
@@ -91,10 +95,12 @@ class SlotTable:
         if isinstance(at, slice):
             self._references[at] -= 1
             run: Int64s = slots[self._references[at] == 0]
+            self._referenced -= run.size
             return run
         np.subtract.at(self._references, at, 1)
         at = unique(at)
         left: Int64s = self._slots[at[self._references[at] == 0]]
+        self._referenced -= left.size
         return left
 
     def references(self, slots: Int64s) -> Int64s:
@@ -107,7 +113,9 @@ class SlotTable:
 
     def remove(self, slots: Int64s) -> None:
         """Forget live slots, each named once."""
-        self._references[self._at(slots)] = _DEAD
+        at = self._at(slots)
+        self._referenced -= int(np.count_nonzero(self._references[at]))
+        self._references[at] = _DEAD
         self._dead += slots.size
         if self._dead > max(len(self), _CAPACITY_MIN):
             alive = self._references[: self._used] != _DEAD

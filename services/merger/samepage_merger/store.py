@@ -65,8 +65,12 @@ class StoreDirectory:
         except StoreError:
             os.close(self._fd)
             raise
-        self.limit_bytes = limit_bytes or _half_of(path)
+        self.limit(limit_bytes)
         self._next_warning = 0.0
+
+    def limit(self, limit_bytes: int) -> None:
+        """Set what all stores may hold, 0 for half of the tmpfs; what they hold stays."""
+        self.limit_bytes = limit_bytes or _half_of(self.path)
 
     def open(self, domain_id: bytes) -> Store:
         """Return the store of a domain; made if missing."""

@@ -19,6 +19,7 @@ from samepage_scanner.match import NO_LEADER, Match, Runs, match
 from samepage_scanner.merging import (
     BACKGROUND_PAGES_MAX,
     GONE,
+    NO_HEADROOM,
     REQUEST_PAGES_MAX,
     MergerClient,
     MergerRefusedError,
@@ -31,7 +32,7 @@ from samepage_scanner.merging import (
 log = structlog.get_logger(__name__)
 
 # Outcomes that a later try may better though no page changes meanwhile.
-_PASSING = (Outcome.PINNED, Outcome.BUSY, GONE)
+_PASSING = (Outcome.PINNED, Outcome.BUSY, GONE, NO_HEADROOM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +66,7 @@ class Merged:
             unique=int(self.found.unique[number]),
             shared=int(shared),
             pages=len(arena.pages),
+            no_headroom=int(both[NO_HEADROOM]),
         )
 
 

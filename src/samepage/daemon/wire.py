@@ -33,7 +33,8 @@ CHANGED = struct.Struct("<QQ")
 STALL_BUCKETS = 16
 STALLS = struct.Struct(f"<{STALL_BUCKETS}Q")
 DONE = struct.Struct("<iI")
-SHARED = struct.Struct("<10Q")
+SHARED = struct.Struct("<11Q")
+SHARED_V1 = struct.Struct("<10Q")
 ACCOUNTED = struct.Struct("<QQ")
 COUNTED_BYTES = 8
 
@@ -144,6 +145,11 @@ def parse(packet: bytes) -> Message:
     if version < SINCE.get(message.type, version):
         raise ProtocolError(f"{message.type.name} is not in version {version}")
     return message
+
+
+def pack_shared(pages: tuple[int, ...], version: int) -> bytes:
+    """Return the payload of SHARED; version 1 does not have the last of the counts."""
+    return SHARED.pack(*pages) if version > 1 else SHARED_V1.pack(*pages[:-1])
 
 
 def unpack(layout: struct.Struct, message: Message) -> tuple[int, ...]:

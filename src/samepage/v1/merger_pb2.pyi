@@ -120,6 +120,7 @@ class ArenaOutcome(_message.Message):
     NO_MAPPING_FIELD_NUMBER: _builtins.int
     UNSUPPORTED_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
+    NO_HEADROOM_FIELD_NUMBER: _builtins.int
     arena: _builtins.int
     """Number in MergeRequest.arenas."""
     merged: _builtins.int
@@ -131,6 +132,8 @@ class ArenaOutcome(_message.Message):
     unsupported: _builtins.int
     gone: _builtins.int
     """The arena is gone, or not of this domain."""
+    no_headroom: _builtins.int
+    """Undoing the merge might not fit into the host's memory: MergerPolicy.headroom_percent."""
     def __init__(
         self,
         *,
@@ -143,10 +146,11 @@ class ArenaOutcome(_message.Message):
         no_mapping: _builtins.int = ...,
         unsupported: _builtins.int = ...,
         gone: _builtins.int = ...,
+        no_headroom: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arena", b"arena", "busy", b"busy", "differs", b"differs", "gone", b"gone", "merged", b"merged", "no_mapping", b"no_mapping", "pinned", b"pinned", "unsupported", b"unsupported"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arena", b"arena", "busy", b"busy", "differs", b"differs", "gone", b"gone", "merged", b"merged", "no_headroom", b"no_headroom", "no_mapping", b"no_mapping", "pinned", b"pinned", "unsupported", b"unsupported"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -546,6 +550,9 @@ class GetMergerStatusResponse(_message.Message):
     RESTORED_TOTAL_FIELD_NUMBER: _builtins.int
     CPU_SECONDS_FIELD_NUMBER: _builtins.int
     OLDER_AGENTS_FIELD_NUMBER: _builtins.int
+    HEADROOM_BYTES_FIELD_NUMBER: _builtins.int
+    AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
+    NO_HEADROOM_TOTAL_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     agents: _builtins.int
     arenas: _builtins.int
@@ -564,6 +571,12 @@ class GetMergerStatusResponse(_message.Message):
     """User and system CPU seconds of the merger's process."""
     older_agents: _builtins.int
     """Connected processes whose library speaks an older version of the agent protocol."""
+    headroom_bytes: _builtins.int
+    """Bytes that merging may save more before merges are refused; 2^63 - 1 when nothing limits it."""
+    available_bytes: _builtins.int
+    """Bytes of the host's memory that undone merges may count on."""
+    no_headroom_total: _builtins.int
+    """Pages refused for want of headroom, since start."""
     def __init__(
         self,
         *,
@@ -578,11 +591,134 @@ class GetMergerStatusResponse(_message.Message):
         restored_total: _builtins.int = ...,
         cpu_seconds: _builtins.float = ...,
         older_agents: _builtins.int = ...,
+        headroom_bytes: _builtins.int = ...,
+        available_bytes: _builtins.int = ...,
+        no_headroom_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "cpu_seconds", b"cpu_seconds", "merged_total", b"merged_total", "node", b"node", "older_agents", b"older_agents", "restored_total", b"restored_total", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "slots", b"slots", "store_bytes", b"store_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "available_bytes", b"available_bytes", "cpu_seconds", b"cpu_seconds", "headroom_bytes", b"headroom_bytes", "merged_total", b"merged_total", "no_headroom_total", b"no_headroom_total", "node", b"node", "older_agents", b"older_agents", "restored_total", b"restored_total", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "slots", b"slots", "store_bytes", b"store_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetMergerStatusResponse: _TypeAlias = GetMergerStatusResponse  # noqa: Y015
+
+@_typing.final
+class MergerPolicy(_message.Message):
+    """What may change while the merger runs; the settings of these names in its configuration."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HEADROOM_PERCENT_FIELD_NUMBER: _builtins.int
+    MEMORY_CEILING_BYTES_FIELD_NUMBER: _builtins.int
+    STORE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    headroom_percent: _builtins.float
+    """Share of the bytes that merging saves that must fit into the host's memory, percent; 0 to 100."""
+    memory_ceiling_bytes: _builtins.int
+    """Bytes of memory that undone merges may count on at most; 0: all that the host has left."""
+    store_limit_bytes: _builtins.int
+    """Bytes of shared pages that all domains may have together; 0: half of the tmpfs."""
+    def __init__(
+        self,
+        *,
+        headroom_percent: _builtins.float | None = ...,
+        memory_ceiling_bytes: _builtins.int | None = ...,
+        store_limit_bytes: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__headroom_percent: _TypeAlias = _typing.Literal["headroom_percent"]  # noqa: Y015
+    _WhichOneofArgType__headroom_percent: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent"]  # noqa: Y015
+    _WhichOneofReturnType__memory_ceiling_bytes: _TypeAlias = _typing.Literal["memory_ceiling_bytes"]  # noqa: Y015
+    _WhichOneofArgType__memory_ceiling_bytes: _TypeAlias = _typing.Literal["_memory_ceiling_bytes", b"_memory_ceiling_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__store_limit_bytes: _TypeAlias = _typing.Literal["store_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__store_limit_bytes: _TypeAlias = _typing.Literal["_store_limit_bytes", b"_store_limit_bytes"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__headroom_percent) -> _WhichOneofReturnType__headroom_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_ceiling_bytes) -> _WhichOneofReturnType__memory_ceiling_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__store_limit_bytes) -> _WhichOneofReturnType__store_limit_bytes | None: ...
+
+Global___MergerPolicy: _TypeAlias = MergerPolicy  # noqa: Y015
+
+@_typing.final
+class GetMergerPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMergerPolicyRequest: _TypeAlias = GetMergerPolicyRequest  # noqa: Y015
+
+@_typing.final
+class GetMergerPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___MergerPolicy: ...
+    def __init__(
+        self,
+        *,
+        policy: Global___MergerPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetMergerPolicyResponse: _TypeAlias = GetMergerPolicyResponse  # noqa: Y015
+
+@_typing.final
+class SetMergerPolicyRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___MergerPolicy:
+        """Fields that are absent stay as they are."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___MergerPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMergerPolicyRequest: _TypeAlias = SetMergerPolicyRequest  # noqa: Y015
+
+@_typing.final
+class SetMergerPolicyResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    POLICY_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def policy(self) -> Global___MergerPolicy:
+        """The whole policy after the change."""
+
+    def __init__(
+        self,
+        *,
+        policy: Global___MergerPolicy | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["policy", b"policy"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetMergerPolicyResponse: _TypeAlias = SetMergerPolicyResponse  # noqa: Y015

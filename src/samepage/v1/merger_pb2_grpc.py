@@ -59,6 +59,16 @@ class MergerStub:
                 request_serializer=samepage_dot_v1_dot_merger__pb2.GetMergerStatusRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_merger__pb2.GetMergerStatusResponse.FromString,
                 _registered_method=True)
+        self.GetPolicy = channel.unary_unary(
+                '/samepage.v1.Merger/GetPolicy',
+                request_serializer=samepage_dot_v1_dot_merger__pb2.GetMergerPolicyRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_merger__pb2.GetMergerPolicyResponse.FromString,
+                _registered_method=True)
+        self.SetPolicy = channel.unary_unary(
+                '/samepage.v1.Merger/SetPolicy',
+                request_serializer=samepage_dot_v1_dot_merger__pb2.SetMergerPolicyRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_merger__pb2.SetMergerPolicyResponse.FromString,
+                _registered_method=True)
 
 
 class MergerServicer:
@@ -102,6 +112,21 @@ class MergerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetPolicy(self, request, context):
+        """What may change while the merger runs, as it is now; every field is present.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def SetPolicy(self, request, context):
+        """Change it, until the merger ends: at once, and all fields that are present or none.
+        Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_MergerServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -129,6 +154,16 @@ def add_MergerServicer_to_server(servicer, server):
                     servicer.GetMergerStatus,
                     request_deserializer=samepage_dot_v1_dot_merger__pb2.GetMergerStatusRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_merger__pb2.GetMergerStatusResponse.SerializeToString,
+            ),
+            'GetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetPolicy,
+                    request_deserializer=samepage_dot_v1_dot_merger__pb2.GetMergerPolicyRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_merger__pb2.GetMergerPolicyResponse.SerializeToString,
+            ),
+            'SetPolicy': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetPolicy,
+                    request_deserializer=samepage_dot_v1_dot_merger__pb2.SetMergerPolicyRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_merger__pb2.SetMergerPolicyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -266,6 +301,60 @@ class Merger:
             '/samepage.v1.Merger/GetMergerStatus',
             samepage_dot_v1_dot_merger__pb2.GetMergerStatusRequest.SerializeToString,
             samepage_dot_v1_dot_merger__pb2.GetMergerStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Merger/GetPolicy',
+            samepage_dot_v1_dot_merger__pb2.GetMergerPolicyRequest.SerializeToString,
+            samepage_dot_v1_dot_merger__pb2.GetMergerPolicyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetPolicy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Merger/SetPolicy',
+            samepage_dot_v1_dot_merger__pb2.SetMergerPolicyRequest.SerializeToString,
+            samepage_dot_v1_dot_merger__pb2.SetMergerPolicyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -46,6 +46,12 @@ class MergerStub:
     Unshare: _grpc.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
     GetMergerStatus: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]
+    GetPolicy: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerPolicyRequest, _merger_pb2.GetMergerPolicyResponse]
+    """What may change while the merger runs, as it is now; every field is present."""
+    SetPolicy: _grpc.UnaryUnaryMultiCallable[_merger_pb2.SetMergerPolicyRequest, _merger_pb2.SetMergerPolicyResponse]
+    """Change it, until the merger ends: at once, and all fields that are present or none.
+    Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
+    """
 
 @_typing.type_check_only
 class MergerAsyncStub(MergerStub):
@@ -65,6 +71,12 @@ class MergerAsyncStub(MergerStub):
     Unshare: _aio.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]  # type: ignore[assignment]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
     GetMergerStatus: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]  # type: ignore[assignment]
+    GetPolicy: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerPolicyRequest, _merger_pb2.GetMergerPolicyResponse]  # type: ignore[assignment]
+    """What may change while the merger runs, as it is now; every field is present."""
+    SetPolicy: _aio.UnaryUnaryMultiCallable[_merger_pb2.SetMergerPolicyRequest, _merger_pb2.SetMergerPolicyResponse]  # type: ignore[assignment]
+    """Change it, until the merger ends: at once, and all fields that are present or none.
+    Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
+    """
 
 class MergerServicer(metaclass=_abc_1.ABCMeta):
     @_abc_1.abstractmethod
@@ -111,5 +123,23 @@ class MergerServicer(metaclass=_abc_1.ABCMeta):
         request: _merger_pb2.GetMergerStatusRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_merger_pb2.GetMergerStatusResponse, _abc.Awaitable[_merger_pb2.GetMergerStatusResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def GetPolicy(
+        self,
+        request: _merger_pb2.GetMergerPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_merger_pb2.GetMergerPolicyResponse, _abc.Awaitable[_merger_pb2.GetMergerPolicyResponse]]:
+        """What may change while the merger runs, as it is now; every field is present."""
+
+    @_abc_1.abstractmethod
+    def SetPolicy(
+        self,
+        request: _merger_pb2.SetMergerPolicyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_merger_pb2.SetMergerPolicyResponse, _abc.Awaitable[_merger_pb2.SetMergerPolicyResponse]]:
+        """Change it, until the merger ends: at once, and all fields that are present or none.
+        Errors: INVALID_ARGUMENT (a value is out of its range; names the field and the range).
+        """
 
 def add_MergerServicer_to_server(servicer: MergerServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19samepage/v1/scanner.proto\x12\x0bsamepage.v1\"\x1a\n\x18ListScannedArenasRequest\"F\n\x19ListScannedArenasResponse\x12)\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x19.samepage.v1.ScannedArena\"n\n\x0cScannedArena\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\x0e\n\x06passes\x18\x05 \x01(\x04\x12\x14\n\x0cstable_pages\x18\x06 \x01(\x04\"-\n\x0cShareRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\";\n\rShareResponse\x12*\n\x07outcome\x18\x01 \x01(\x0b\x32\x19.samepage.v1.ShareOutcome\"\xb5\x01\n\x0cShareOutcome\x12\x0e\n\x06merged\x18\x01 \x01(\x04\x12\x0f\n\x07\x64iffers\x18\x02 \x01(\x04\x12\x0e\n\x06pinned\x18\x03 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x04 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x05 \x01(\x04\x12\x12\n\nno_mapping\x18\x06 \x01(\x04\x12\x13\n\x0bunsupported\x18\x07 \x01(\x04\x12\x0e\n\x06unique\x18\x08 \x01(\x04\x12\x0e\n\x06shared\x18\t \x01(\x04\x12\r\n\x05pages\x18\n \x01(\x04\"(\n\x16\x45stimateSavingsRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"|\n\x17\x45stimateSavingsResponse\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12*\n\x06\x61renas\x18\x02 \x03(\x0b\x32\x1a.samepage.v1.ArenaEstimate\x12%\n\x04runs\x18\x03 \x03(\x0b\x32\x17.samepage.v1.RunLengths\"\x96\x01\n\rArenaEstimate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05pages\x18\x03 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x04 \x01(\x04\x12\x0e\n\x06shared\x18\x05 \x01(\x04\x12\x0c\n\x04zero\x18\x06 \x01(\x04\x12\x11\n\tduplicate\x18\x07 \x01(\x04\x12\x0c\n\x04kept\x18\x08 \x01(\x04\x12\x0c\n\x04runs\x18\t \x01(\x04\"+\n\nRunLengths\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\r\n\x05pages\x18\x02 \x01(\x04\"\x19\n\x17GetScannerStatusRequest\"\xf9\x01\n\x18GetScannerStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x61gents\x18\x02 \x01(\r\x12\x0e\n\x06\x61renas\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\x15\n\rpages_scanned\x18\x05 \x01(\x04\x12\x0e\n\x06passes\x18\x06 \x01(\x04\x12\x17\n\x0findex_connected\x18\x07 \x01(\x08\x12\x18\n\x10merger_connected\x18\x08 \x01(\x08\x12\x11\n\tpublished\x18\t \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\n \x01(\x01\x12\x1e\n\x16\x62\x61\x63kground_cpu_percent\x18\x0b \x01(\x01\"\x13\n\x11GetOverlapRequest\"U\n\x12GetOverlapResponse\x12\'\n\x05hosts\x18\x01 \x03(\x0b\x32\x18.samepage.v1.HostOverlap\x12\x16\n\x0e\x64istinct_pages\x18\x02 \x01(\x04\"*\n\x0bHostOverlap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05pages\x18\x02 \x01(\x04\"\xe9\x02\n\rScannerPolicy\x12\x1d\n\x10interval_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14interval_max_seconds\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x63pu_percent\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0frecheck_seconds\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1c\n\x0frest_passes_max\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x1a\n\rmin_run_pages\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x1a\n\rsampling_bits\x18\x07 \x01(\rH\x06\x88\x01\x01\x42\x13\n\x11_interval_secondsB\x17\n\x15_interval_max_secondsB\x0e\n\x0c_cpu_percentB\x12\n\x10_recheck_secondsB\x12\n\x10_rest_passes_maxB\x10\n\x0e_min_run_pagesB\x10\n\x0e_sampling_bits\"\x19\n\x17GetScannerPolicyRequest\"F\n\x18GetScannerPolicyResponse\x12*\n\x06policy\x18\x01 \x01(\x0b\x32\x1a.samepage.v1.ScannerPolicy\"E\n\x17SetScannerPolicyRequest\x12*\n\x06policy\x18\x01 \x01(\x0b\x32\x1a.samepage.v1.ScannerPolicy\"F\n\x18SetScannerPolicyResponse\x12*\n\x06policy\x18\x01 \x01(\x0b\x32\x1a.samepage.v1.ScannerPolicy2\xf1\x04\n\x07Scanner\x12\x62\n\x11ListScannedArenas\x12%.samepage.v1.ListScannedArenasRequest\x1a&.samepage.v1.ListScannedArenasResponse\x12>\n\x05Share\x12\x19.samepage.v1.ShareRequest\x1a\x1a.samepage.v1.ShareResponse\x12^\n\x0f\x45stimateSavings\x12#.samepage.v1.EstimateSavingsRequest\x1a$.samepage.v1.EstimateSavingsResponse0\x01\x12_\n\x10GetScannerStatus\x12$.samepage.v1.GetScannerStatusRequest\x1a%.samepage.v1.GetScannerStatusResponse\x12M\n\nGetOverlap\x12\x1e.samepage.v1.GetOverlapRequest\x1a\x1f.samepage.v1.GetOverlapResponse\x12X\n\tGetPolicy\x12$.samepage.v1.GetScannerPolicyRequest\x1a%.samepage.v1.GetScannerPolicyResponse\x12X\n\tSetPolicy\x12$.samepage.v1.SetScannerPolicyRequest\x1a%.samepage.v1.SetScannerPolicyResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x19samepage/v1/scanner.proto\x12\x0bsamepage.v1\"\x1a\n\x18ListScannedArenasRequest\"F\n\x19ListScannedArenasResponse\x12)\n\x06\x61renas\x18\x01 \x03(\x0b\x32\x19.samepage.v1.ScannedArena\"n\n\x0cScannedArena\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x64omain\x18\x02 \x01(\t\x12\x0b\n\x03pid\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\x0e\n\x06passes\x18\x05 \x01(\x04\x12\x14\n\x0cstable_pages\x18\x06 \x01(\x04\"-\n\x0cShareRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12\r\n\x05\x61rena\x18\x02 \x01(\t\";\n\rShareResponse\x12*\n\x07outcome\x18\x01 \x01(\x0b\x32\x19.samepage.v1.ShareOutcome\"\xca\x01\n\x0cShareOutcome\x12\x0e\n\x06merged\x18\x01 \x01(\x04\x12\x0f\n\x07\x64iffers\x18\x02 \x01(\x04\x12\x0e\n\x06pinned\x18\x03 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x04 \x01(\x04\x12\x0c\n\x04\x62usy\x18\x05 \x01(\x04\x12\x12\n\nno_mapping\x18\x06 \x01(\x04\x12\x13\n\x0bunsupported\x18\x07 \x01(\x04\x12\x0e\n\x06unique\x18\x08 \x01(\x04\x12\x0e\n\x06shared\x18\t \x01(\x04\x12\r\n\x05pages\x18\n \x01(\x04\x12\x13\n\x0bno_headroom\x18\x0b \x01(\x04\"(\n\x16\x45stimateSavingsRequest\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\"|\n\x17\x45stimateSavingsResponse\x12\x0e\n\x06\x64omain\x18\x01 \x01(\t\x12*\n\x06\x61renas\x18\x02 \x03(\x0b\x32\x1a.samepage.v1.ArenaEstimate\x12%\n\x04runs\x18\x03 \x03(\x0b\x32\x17.samepage.v1.RunLengths\"\x96\x01\n\rArenaEstimate\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0b\n\x03pid\x18\x02 \x01(\r\x12\r\n\x05pages\x18\x03 \x01(\x04\x12\x0e\n\x06\x61\x62sent\x18\x04 \x01(\x04\x12\x0e\n\x06shared\x18\x05 \x01(\x04\x12\x0c\n\x04zero\x18\x06 \x01(\x04\x12\x11\n\tduplicate\x18\x07 \x01(\x04\x12\x0c\n\x04kept\x18\x08 \x01(\x04\x12\x0c\n\x04runs\x18\t \x01(\x04\"+\n\nRunLengths\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\r\n\x05pages\x18\x02 \x01(\x04\"\x19\n\x17GetScannerStatusRequest\"\xf9\x01\n\x18GetScannerStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x0e\n\x06\x61gents\x18\x02 \x01(\r\x12\x0e\n\x06\x61renas\x18\x03 \x01(\r\x12\r\n\x05pages\x18\x04 \x01(\x04\x12\x15\n\rpages_scanned\x18\x05 \x01(\x04\x12\x0e\n\x06passes\x18\x06 \x01(\x04\x12\x17\n\x0findex_connected\x18\x07 \x01(\x08\x12\x18\n\x10merger_connected\x18\x08 \x01(\x08\x12\x11\n\tpublished\x18\t \x01(\x04\x12\x13\n\x0b\x63pu_seconds\x18\n \x01(\x01\x12\x1e\n\x16\x62\x61\x63kground_cpu_percent\x18\x0b \x01(\x01\"\x13\n\x11GetOverlapRequest\"U\n\x12GetOverlapResponse\x12\'\n\x05hosts\x18\x01 \x03(\x0b\x32\x18.samepage.v1.HostOverlap\x12\x16\n\x0e\x64istinct_pages\x18\x02 \x01(\x04\"*\n\x0bHostOverlap\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05pages\x18\x02 \x01(\x04\"\xe9\x02\n\rScannerPolicy\x12\x1d\n\x10interval_seconds\x18\x01 \x01(\x01H\x00\x88\x01\x01\x12!\n\x14interval_max_seconds\x18\x02 \x01(\x01H\x01\x88\x01\x01\x12\x18\n\x0b\x63pu_percent\x18\x03 \x01(\x01H\x02\x88\x01\x01\x12\x1c\n\x0frecheck_seconds\x18\x04 \x01(\x01H\x03\x88\x01\x01\x12\x1c\n\x0frest_passes_max\x18\x05 \x01(\rH\x04\x88\x01\x01\x12\x1a\n\rmin_run_pages\x18\x06 \x01(\rH\x05\x88\x01\x01\x12\x1a\n\rsampling_bits\x18\x07 \x01(\rH\x06\x88\x01\x01\x42\x13\n\x11_interval_secondsB\x17\n\x15_interval_max_secondsB\x0e\n\x0c_cpu_percentB\x12\n\x10_recheck_secondsB\x12\n\x10_rest_passes_maxB\x10\n\x0e_min_run_pagesB\x10\n\x0e_sampling_bits\"\x19\n\x17GetScannerPolicyRequest\"F\n\x18GetScannerPolicyResponse\x12*\n\x06policy\x18\x01 \x01(\x0b\x32\x1a.samepage.v1.ScannerPolicy\"E\n\x17SetScannerPolicyRequest\x12*\n\x06policy\x18\x01 \x01(\x0b\x32\x1a.samepage.v1.ScannerPolicy\"F\n\x18SetScannerPolicyResponse\x12*\n\x06policy\x18\x01 \x01(\x0b\x32\x1a.samepage.v1.ScannerPolicy2\xf1\x04\n\x07Scanner\x12\x62\n\x11ListScannedArenas\x12%.samepage.v1.ListScannedArenasRequest\x1a&.samepage.v1.ListScannedArenasResponse\x12>\n\x05Share\x12\x19.samepage.v1.ShareRequest\x1a\x1a.samepage.v1.ShareResponse\x12^\n\x0f\x45stimateSavings\x12#.samepage.v1.EstimateSavingsRequest\x1a$.samepage.v1.EstimateSavingsResponse0\x01\x12_\n\x10GetScannerStatus\x12$.samepage.v1.GetScannerStatusRequest\x1a%.samepage.v1.GetScannerStatusResponse\x12M\n\nGetOverlap\x12\x1e.samepage.v1.GetOverlapRequest\x1a\x1f.samepage.v1.GetOverlapResponse\x12X\n\tGetPolicy\x12$.samepage.v1.GetScannerPolicyRequest\x1a%.samepage.v1.GetScannerPolicyResponse\x12X\n\tSetPolicy\x12$.samepage.v1.SetScannerPolicyRequest\x1a%.samepage.v1.SetScannerPolicyResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,35 +42,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SHARERESPONSE']._serialized_start=301
   _globals['_SHARERESPONSE']._serialized_end=360
   _globals['_SHAREOUTCOME']._serialized_start=363
-  _globals['_SHAREOUTCOME']._serialized_end=544
-  _globals['_ESTIMATESAVINGSREQUEST']._serialized_start=546
-  _globals['_ESTIMATESAVINGSREQUEST']._serialized_end=586
-  _globals['_ESTIMATESAVINGSRESPONSE']._serialized_start=588
-  _globals['_ESTIMATESAVINGSRESPONSE']._serialized_end=712
-  _globals['_ARENAESTIMATE']._serialized_start=715
-  _globals['_ARENAESTIMATE']._serialized_end=865
-  _globals['_RUNLENGTHS']._serialized_start=867
-  _globals['_RUNLENGTHS']._serialized_end=910
-  _globals['_GETSCANNERSTATUSREQUEST']._serialized_start=912
-  _globals['_GETSCANNERSTATUSREQUEST']._serialized_end=937
-  _globals['_GETSCANNERSTATUSRESPONSE']._serialized_start=940
-  _globals['_GETSCANNERSTATUSRESPONSE']._serialized_end=1189
-  _globals['_GETOVERLAPREQUEST']._serialized_start=1191
-  _globals['_GETOVERLAPREQUEST']._serialized_end=1210
-  _globals['_GETOVERLAPRESPONSE']._serialized_start=1212
-  _globals['_GETOVERLAPRESPONSE']._serialized_end=1297
-  _globals['_HOSTOVERLAP']._serialized_start=1299
-  _globals['_HOSTOVERLAP']._serialized_end=1341
-  _globals['_SCANNERPOLICY']._serialized_start=1344
-  _globals['_SCANNERPOLICY']._serialized_end=1705
-  _globals['_GETSCANNERPOLICYREQUEST']._serialized_start=1707
-  _globals['_GETSCANNERPOLICYREQUEST']._serialized_end=1732
-  _globals['_GETSCANNERPOLICYRESPONSE']._serialized_start=1734
-  _globals['_GETSCANNERPOLICYRESPONSE']._serialized_end=1804
-  _globals['_SETSCANNERPOLICYREQUEST']._serialized_start=1806
-  _globals['_SETSCANNERPOLICYREQUEST']._serialized_end=1875
-  _globals['_SETSCANNERPOLICYRESPONSE']._serialized_start=1877
-  _globals['_SETSCANNERPOLICYRESPONSE']._serialized_end=1947
-  _globals['_SCANNER']._serialized_start=1950
-  _globals['_SCANNER']._serialized_end=2575
+  _globals['_SHAREOUTCOME']._serialized_end=565
+  _globals['_ESTIMATESAVINGSREQUEST']._serialized_start=567
+  _globals['_ESTIMATESAVINGSREQUEST']._serialized_end=607
+  _globals['_ESTIMATESAVINGSRESPONSE']._serialized_start=609
+  _globals['_ESTIMATESAVINGSRESPONSE']._serialized_end=733
+  _globals['_ARENAESTIMATE']._serialized_start=736
+  _globals['_ARENAESTIMATE']._serialized_end=886
+  _globals['_RUNLENGTHS']._serialized_start=888
+  _globals['_RUNLENGTHS']._serialized_end=931
+  _globals['_GETSCANNERSTATUSREQUEST']._serialized_start=933
+  _globals['_GETSCANNERSTATUSREQUEST']._serialized_end=958
+  _globals['_GETSCANNERSTATUSRESPONSE']._serialized_start=961
+  _globals['_GETSCANNERSTATUSRESPONSE']._serialized_end=1210
+  _globals['_GETOVERLAPREQUEST']._serialized_start=1212
+  _globals['_GETOVERLAPREQUEST']._serialized_end=1231
+  _globals['_GETOVERLAPRESPONSE']._serialized_start=1233
+  _globals['_GETOVERLAPRESPONSE']._serialized_end=1318
+  _globals['_HOSTOVERLAP']._serialized_start=1320
+  _globals['_HOSTOVERLAP']._serialized_end=1362
+  _globals['_SCANNERPOLICY']._serialized_start=1365
+  _globals['_SCANNERPOLICY']._serialized_end=1726
+  _globals['_GETSCANNERPOLICYREQUEST']._serialized_start=1728
+  _globals['_GETSCANNERPOLICYREQUEST']._serialized_end=1753
+  _globals['_GETSCANNERPOLICYRESPONSE']._serialized_start=1755
+  _globals['_GETSCANNERPOLICYRESPONSE']._serialized_end=1825
+  _globals['_SETSCANNERPOLICYREQUEST']._serialized_start=1827
+  _globals['_SETSCANNERPOLICYREQUEST']._serialized_end=1896
+  _globals['_SETSCANNERPOLICYRESPONSE']._serialized_start=1898
+  _globals['_SETSCANNERPOLICYRESPONSE']._serialized_end=1968
+  _globals['_SCANNER']._serialized_start=1971
+  _globals['_SCANNER']._serialized_end=2596
 # @@protoc_insertion_point(module_scope)

@@ -150,6 +150,7 @@ class ShareOutcome(_message.Message):
     UNIQUE_FIELD_NUMBER: _builtins.int
     SHARED_FIELD_NUMBER: _builtins.int
     PAGES_FIELD_NUMBER: _builtins.int
+    NO_HEADROOM_FIELD_NUMBER: _builtins.int
     merged: _builtins.int
     """Newly mapped to a slot, or given back to the kernel's zero page."""
     differs: _builtins.int
@@ -170,6 +171,8 @@ class ShareOutcome(_message.Message):
     """Mapped to a slot when the call returned, these and those from before."""
     pages: _builtins.int
     """All pages of the arena."""
+    no_headroom: _builtins.int
+    """Not merged, since undoing that might not fit into the host's memory."""
     def __init__(
         self,
         *,
@@ -183,10 +186,11 @@ class ShareOutcome(_message.Message):
         unique: _builtins.int = ...,
         shared: _builtins.int = ...,
         pages: _builtins.int = ...,
+        no_headroom: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "busy", b"busy", "differs", b"differs", "merged", b"merged", "no_mapping", b"no_mapping", "pages", b"pages", "pinned", b"pinned", "shared", b"shared", "unique", b"unique", "unsupported", b"unsupported"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "busy", b"busy", "differs", b"differs", "merged", b"merged", "no_headroom", b"no_headroom", "no_mapping", b"no_mapping", "pages", b"pages", "pinned", b"pinned", "shared", b"shared", "unique", b"unique", "unsupported", b"unsupported"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
