@@ -15,8 +15,8 @@ SOAK_SECONDS ?= 600
 BENCH_LINES ?= bench/results/last.jsonl
 BENCH_PICTURE ?= bench/results/last.png
 PACKAGING := pyproject.toml hatch_build.py
-GENERATED := src/samepage/v1
-PROTOS = $(sort $(wildcard proto/samepage/v1/*.proto))
+GENERATED := samepage/v1 samepage/kubelet
+PROTOS = $(sort $(wildcard $(GENERATED:%=proto/%/*.proto)))
 # What protoc writes, in a form that `make proto-check` can send elsewhere.
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto
 
@@ -57,7 +57,7 @@ types: $(STAMPS)/dev ## Check types (mypy --strict)
 
 .PHONY: proto
 proto: $(STAMPS)/dev ## Generate the Python code of proto/
-	@echo "==> generating $(GENERATED)"
+	@echo "==> generating $(GENERATED:%=src/%)"
 	@$(PROTOC) --python_out=src --grpc_python_out=src --mypy_out=src --mypy_grpc_out=src \
 	    $(PROTOS:proto/%=%)
 
@@ -67,8 +67,10 @@ proto-check: $(STAMPS)/dev ## Check that the generated code is what proto/ gives
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; \
 	$(PROTOC) --python_out="$$out" --grpc_python_out="$$out" --mypy_out="$$out" \
 	    --mypy_grpc_out="$$out" $(PROTOS:proto/%=%); \
-	diff -r -x __pycache__ -x __init__.py "$$out/samepage/v1" $(GENERATED) \
-	    || { echo "$(GENERATED) differs from proto/: run 'make proto'" >&2; exit 1; }
+	for package in $(GENERATED); do \
+	    diff -r -x __pycache__ -x __init__.py "$$out/$$package" "src/$$package" \
+	        || { echo "src/$$package differs from proto/: run 'make proto'" >&2; exit 1; }; \
+	done
 
 .PHONY: go-client
 go-client: $(STAMPS)/go-client ## Build the Go client of the tests, generated from proto/, and grpcurl

@@ -1,4 +1,4 @@
-"""The command line that the three services have in common."""
+"""The command line that the services have in common."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def execute(
     Exit codes: 0 after a graceful stop, 1 when the service cannot run, 2 when a setting is wrong,
     130 and 143 after a second signal. `build` runs inside the event loop.
     """
+    name = section.replace("_", "-")
 
     def serve(
         config: Annotated[
@@ -54,11 +55,11 @@ def execute(
         if print_config:
             sys.stdout.write(render(settings, section))
             return
-        logs.configure(settings.log_level, section, node(settings))
+        logs.configure(settings.log_level, name, node(settings))
         asyncio.run(_run(settings, build))
 
     serve.__doc__ = (
-        f"Run samepage's {section}. Every setting can also be given in the environment, as "
+        f"Run samepage's {name}. Every setting can also be given in the environment, as "
         f"SAMEPAGE_{section.upper()}_<SETTING>."
     )
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -66,7 +67,7 @@ def execute(
     try:
         app()
     except SamepageError as error:
-        sys.stderr.write(f"samepage-{section}: {error}\n")
+        sys.stderr.write(f"samepage-{name}: {error}\n")
         sys.exit(2 if isinstance(error, InvalidArgumentError) else 1)
 
 

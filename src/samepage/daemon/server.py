@@ -229,7 +229,7 @@ async def _serve(service: Service, stop: _Stop) -> None:
     if service.reflection:
         names = (*service.health.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    addresses = [_listen(server, address) for address in service.listen]
+    addresses = [listen_on(server, address) for address in service.listen]
 
     async def collect() -> Iterable[Metric]:
         return [*common(service.name, service.health.serving), *await service.metrics()]
@@ -310,8 +310,12 @@ def check_listen(address: str) -> str:
     raise ConfigError(f"cannot listen on {address!r}: give host:port (port 0: any) or unix:/path")
 
 
-def _listen(server: grpc.aio.Server, address: str) -> str:
-    """Bind, and return the address with the port that it got."""
+def listen_on(server: grpc.aio.Server, address: str) -> str:
+    """Bind, and return the address with the port that it got.
+
+    Raises:
+        ListenError: it cannot be served on.
+    """
     check_listen(address)
     is_unix = address.startswith(UNIX)
     # Only the service's own user may connect to a unix socket; the mode must hold from bind() on.

@@ -1,0 +1,1 @@
+"""What only Kubernetes needs: the device plugin, and the webhook."""

@@ -1,0 +1,1 @@
+"""The device plugin: gives containers that ask for it /dev/userfaultfd, without privileges."""

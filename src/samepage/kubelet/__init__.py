@@ -1,0 +1,1 @@
+"""Generated from proto/samepage/kubelet by `make proto`; do not edit."""
