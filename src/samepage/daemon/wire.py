@@ -37,9 +37,15 @@ SHARED = struct.Struct("<11Q")
 SHARED_V1 = struct.Struct("<10Q")
 ACCOUNTED = struct.Struct("<QQ")
 COUNTED_BYTES = 8
+AWAY_PAGES_MAX = 1_600
+CLONE = struct.Struct("<IIHHHH")
+CLONING = struct.Struct("<4Q")
+CLONED = struct.Struct("<5Q")
+EVICTED = struct.Struct("<4Q")
 
 EXTENT = np.dtype([("page", "<u8"), ("count", "<u8"), ("slot", "<u8")])
 RANGE = np.dtype([("page", "<u8"), ("count", "<u8")])
+AWAY = np.dtype([("page", "<u8"), ("digest", "V32")])
 
 
 class Type(enum.IntEnum):
@@ -52,6 +58,7 @@ class Type(enum.IntEnum):
     ARENA_OPENED = 5
     ARENA_CLOSE = 6
     EXTENTS = 8
+    AWAY_PAGES = 9
     FINGERPRINT = 16
     READ = 17
     REPLACE = 18
@@ -61,14 +68,45 @@ class Type(enum.IntEnum):
     CHANGED = 22
     STALLS = 23
     COUNT = 24
+    AWAY = 25
+    EVICT = 26
+    FILL = 27
+    POISON = 28
+    FREEZE = 29
+    LEAVE = 30
     SHARE = 32
     SHARED = 33
     ACCOUNT = 34
     ACCOUNTED = 35
+    CREDENTIAL = 36
+    CLONE = 37
+    CLONING = 38
+    CLONED = 39
+    FETCH = 40
+    EVICT_ARENA = 41
+    EVICTED = 42
 
 
 #: Messages that older versions of the protocol lack.
-SINCE = {Type.CHANGED: 2, Type.STALLS: 2, Type.COUNT: 2}
+SINCE = {
+    Type.CHANGED: 2,
+    Type.STALLS: 2,
+    Type.COUNT: 2,
+    Type.AWAY_PAGES: 3,
+    Type.AWAY: 3,
+    Type.EVICT: 3,
+    Type.FILL: 3,
+    Type.POISON: 3,
+    Type.FREEZE: 3,
+    Type.LEAVE: 3,
+    Type.CREDENTIAL: 3,
+    Type.CLONE: 3,
+    Type.CLONING: 3,
+    Type.CLONED: 3,
+    Type.FETCH: 3,
+    Type.EVICT_ARENA: 3,
+    Type.EVICTED: 3,
+}
 
 
 class Outcome(enum.IntEnum):
