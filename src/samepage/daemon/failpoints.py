@@ -1,0 +1,55 @@
+"""Named places where a test lets a daemon die, fail or stall.
+
+A daemon that is started with SAMEPAGE_FAILPOINTS=DIR looks, whenever it comes by the failpoint
+NAME, for the file DIR/NAME. The first process that removes the file does what it says: `kill` (this
+process ends as by kill -9), `error` (FailpointError is raised), or `sleep SECONDS` (the whole
+process stands still). Each file thus acts once, in one process, and can be laid while daemons run;
+that it is gone tells that the place was reached. Without the variable nothing is looked for.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+from samepage.errors import SamepageError
+
+VARIABLE = "SAMEPAGE_FAILPOINTS"
+
+_directory = os.environ.get(VARIABLE, "")
+
+#: Every failpoint, and what has just happened, or is about to, when a daemon comes by.
+FAILPOINTS: dict[str, str] = {}
+
+
+class FailpointError(SamepageError):
+    """A failpoint's `error`; only ever in tests."""
+
+
+def failpoint(name: str) -> None:
+    """Do what a test has laid for this place; as a rule, nothing.
+
+    Raises:
+        FailpointError: it said `error`.
+    """
+    assert name in FAILPOINTS, f"{name} is not in the list of failpoints"
+    if _directory:
+        _act(Path(_directory) / name)
+
+
+def _act(file: Path) -> None:
+    try:
+        action, *seconds = file.read_text().split()
+        file.unlink()
+    except FileNotFoundError:
+        return
+    if action == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "error":
+        raise FailpointError(f"failpoint {file.name}")
+    elif action == "sleep":
+        time.sleep(float(*seconds))
+    else:
+        raise AssertionError(f"failpoint {file.name}: {action!r} is no kill, error or sleep")
