@@ -79,6 +79,11 @@ def _thp() -> bool:
     return enabled.exists() and "[never]" not in enabled.read_text()
 
 
+def _netns() -> bool:
+    kinds = Path("/proc/self/ns/net").exists() and shutil.which("ip") and shutil.which("nsenter")
+    return bool(kinds) and Path("/dev/net/tun").exists()
+
+
 def _root() -> bool:
     return os.geteuid() == 0
 
@@ -97,6 +102,7 @@ NEEDS = {
     "io_uring": Need(_io_uring, True, "no io_uring"),
     "ksm": Need(Path("/sys/kernel/mm/ksm/run").exists, True, "no kernel samepage merging"),
     "thp": Need(_thp, True, "no transparent huge pages"),
+    "netns": Need(_netns, True, "no network namespaces, iproute2, or TAP devices"),
     "root": Need(_root, False, "not run as root"),
     "redis": Need(lambda: shutil.which("redis-server") is not None, False, "no redis-server"),
     "go": Need(lambda: go() is not None, False, "no Go"),

@@ -38,11 +38,11 @@ class Up:
         cluster: what its cluster.json says.
     """
 
-    def __init__(self, directory: Path, hosts: int) -> None:
+    def __init__(self, directory: Path, hosts: int, *options: str) -> None:
         self.directory = directory
-        counted = ["--hosts", str(hosts)]
+        chosen = ["--json", "--dir", str(directory), "--hosts", str(hosts), *options]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "samepage", "up", "--json", "--dir", str(directory), *counted],
+            [sys.executable, "-m", "samepage", "up", *chosen],
             stdout=subprocess.PIPE,
             text=True,
         )
@@ -83,9 +83,9 @@ class Up:
 
 
 @contextmanager
-def running(directory: Path, hosts: int = 1) -> Iterator[Up]:
+def running(directory: Path, hosts: int = 1, *options: str) -> Iterator[Up]:
     """Run a cluster for as long as the context lasts."""
-    up = Up(directory, hosts)
+    up = Up(directory, hosts, *options)
     try:
         yield up
     finally:

@@ -39,6 +39,7 @@ class Child:
         log: where its standard error goes.
         listen: the variable that holds its address; kept over restarts.
         metrics_listen: the same for its metrics; empty: it is not asked for any.
+        prefix: a command that runs it, such as one that enters a network namespace.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Child:
     log: Path
     listen: str
     metrics_listen: str = ""
+    prefix: tuple[str, ...] = ()
     address: str = ""
     metrics: str = ""
     _process: Process | None = field(default=None, repr=False)
@@ -66,7 +68,7 @@ class Child:
         self.ready_file.unlink(missing_ok=True)
         with self.log.open("ab") as log:
             self._process = Process(
-                [sys.executable, "-m", self.module],
+                [*self.prefix, sys.executable, "-m", self.module],
                 env={**os.environ, **self.env},
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Self
 
 from samepage.cli.child import Child
+from samepage.cli.netns import Network
 from samepage.cli.places import CLUSTER_FILE, Cluster, Host
 from samepage.errors import InvalidArgumentError, SamepageError
 
@@ -39,7 +40,8 @@ _PACKAGES = (
 )
 _SOCKET_PATH_MAX = 107
 _STORES = Path("/dev/shm")
-_LOOPBACK = "127.0.0.1:0"
+_LOOPBACK = "127.0.0.1"
+_INDEX = "index"
 _SECRET_BYTES = 32
 # Well within the grace that a child has.
 _DRAIN_SECONDS = "4"
@@ -58,13 +60,17 @@ class LocalCluster:
         directory: made when it is not there.
         hosts: how many.
         say: told what happens, in sentences.
+        netns: whether each host, and the index, gets a network namespace of its own.
 
     Raises on entering:
         InvalidArgumentError: a bad number, or a directory that cannot be used.
         ChildError: a daemon does not start.
+        UnsupportedKernelError: network namespaces were asked for and cannot be made.
     """
 
-    def __init__(self, directory: Path, hosts: int, say: Callable[[str], None]) -> None:
+    def __init__(
+        self, directory: Path, hosts: int, say: Callable[[str], None], netns: bool = False
+    ) -> None:
         if not 1 <= hosts <= HOSTS_MAX:
             raise InvalidArgumentError(f"{hosts} hosts: give 1 to {HOSTS_MAX}")
         self._directory = directory.absolute()
@@ -75,11 +81,18 @@ class LocalCluster:
         self._children: list[list[Child]] = []
         self._keepers: list[asyncio.Task[None]] = []
         self._cluster = Cluster(())
+        self._resources = contextlib.ExitStack()
+        self._network = Network(self._directory, [_INDEX, *self._names]) if netns else None
 
     @property
     def cluster(self) -> Cluster:
         """Where everything is."""
         return self._cluster
+
+    @property
+    def size(self) -> int:
+        """How many hosts."""
+        return len(self._names)
 
     def store(self, host: str) -> Path:
         """The directory of the host's store, on a tmpfs."""
@@ -92,6 +105,8 @@ class LocalCluster:
     async def __aenter__(self) -> Self:
         self._prepare()
         try:
+            if self._network is not None:
+                self._resources.enter_context(self._network)
             await self._start()
         except BaseException:
             await self._stop()
@@ -180,7 +195,8 @@ class LocalCluster:
             "arenas": arenas.metrics,
         }
         addresses = (merger.address, scanner.address, arenas.address)
-        return Host(name, self._directory / name, *addresses, metrics)
+        netns = "" if self._network is None else self._network.namespace(name)
+        return Host(name, self._directory / name, *addresses, metrics, netns)
 
     async def _start_group(self, children: list[Child]) -> None:
         self._children.append(children)
@@ -197,8 +213,8 @@ class LocalCluster:
     def _index_child(self) -> Child:
         ready = self._directory / "index.ready"
         env = {
-            "SAMEPAGE_INDEX_LISTEN": _LOOPBACK,
-            "SAMEPAGE_INDEX_METRICS_LISTEN": _LOOPBACK,
+            "SAMEPAGE_INDEX_LISTEN": self._listen(_INDEX),
+            "SAMEPAGE_INDEX_METRICS_LISTEN": self._listen(_INDEX),
             "SAMEPAGE_INDEX_READY_FILE": str(ready),
             "SAMEPAGE_INDEX_DRAIN_SECONDS": _DRAIN_SECONDS,
         }
@@ -206,7 +222,14 @@ class LocalCluster:
             env["SAMEPAGE_INDEX_DATA_DIR"] = str(self._directory / "index")
         log = self._directory / "logs" / "index.log"
         variables = ("SAMEPAGE_INDEX_LISTEN", "SAMEPAGE_INDEX_METRICS_LISTEN")
-        return Child("index", "samepage_index", env, ready, log, *variables)
+        return Child(_INDEX, "samepage_index", env, ready, log, *variables, self._prefix(_INDEX))
+
+    def _listen(self, host: str) -> str:
+        address = _LOOPBACK if self._network is None else self._network.address(host)
+        return f"{address}:0"
+
+    def _prefix(self, host: str) -> tuple[str, ...]:
+        return () if self._network is None else tuple(self._network.command(host))
 
     def _merger_child(self, host: str) -> Child:
         settings = {
@@ -232,8 +255,8 @@ class LocalCluster:
         settings = {
             "NODE": host,
             "DIR": str(directory),
-            "LISTEN": _LOOPBACK,
-            "METRICS_LISTEN": _LOOPBACK,
+            "LISTEN": self._listen(host),
+            "METRICS_LISTEN": self._listen(host),
             "READY_FILE": str(ready),
             "DRAIN_SECONDS": _DRAIN_SECONDS,
             **extra,
@@ -247,6 +270,7 @@ class LocalCluster:
             self._directory / "logs" / f"{host}-{service}.log",
             f"{prefix}LISTEN",
             f"{prefix}METRICS_LISTEN",
+            self._prefix(host),
         )
 
     async def _stop(self) -> None:
@@ -263,4 +287,5 @@ class LocalCluster:
             for directory in (self._directory / name, self.store(name)):
                 with contextlib.suppress(OSError):
                     directory.rmdir()
+        self._resources.close()
         self._unlock()

@@ -20,6 +20,7 @@ class Host:
 
     Attributes:
         metrics: where its daemons serve metrics over HTTP, by daemon.
+        netns: the network namespace that its daemons run in; empty: this machine's own.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Host:
     scanner: str = ""
     arenas: str = ""
     metrics: Mapping[str, str] = field(default_factory=dict)
+    netns: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Cluster:
                 "scanner": host.scanner,
                 "arenas": host.arenas,
                 "metrics": dict(host.metrics),
+                "netns": host.netns,
             }
             for host in self.hosts
         ]
@@ -89,6 +92,7 @@ def read(file: Path) -> Cluster:
                 host["scanner"],
                 host.get("arenas", ""),
                 host.get("metrics", {}),
+                host.get("netns", ""),
             )
             for host in content["hosts"]
         )

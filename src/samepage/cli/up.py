@@ -22,6 +22,9 @@ def up(
         Path | None,
         typer.Option("--dir", help="Where. Default: $SAMEPAGE_DIR, else /run/samepage."),
     ] = None,
+    netns: Annotated[
+        bool, typer.Option("--netns", help="Give each host a network namespace of its own.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Run a cluster on this machine until SIGINT or SIGTERM; prints "ready" when it serves.
@@ -30,7 +33,8 @@ def up(
     DIR/logs what the daemons say. A daemon that dies is started again.
     """
     place = directory or Path(os.environ.get("SAMEPAGE_DIR") or DEFAULT_DIRECTORY)
-    asyncio.run(_run(place, hosts, _printer(json), json))
+    say = _printer(json)
+    asyncio.run(_run(LocalCluster(place, hosts, say, netns), place, say, json))
 
 
 def _printer(json: bool) -> Callable[[str], None]:
@@ -39,8 +43,8 @@ def _printer(json: bool) -> Callable[[str], None]:
     return lambda text: messages.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-async def _run(place: Path, hosts: int, say: Callable[[str], None], json: bool) -> None:
-    task = asyncio.create_task(_serve(place, hosts, say, json))
+async def _run(cluster: LocalCluster, place: Path, say: Callable[[str], None], json: bool) -> None:
+    task = asyncio.create_task(_serve(cluster, place, say, json))
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, _stop, task, loop)
@@ -57,9 +61,11 @@ def _stop(task: asyncio.Task[None], loop: asyncio.AbstractEventLoop) -> None:
     task.cancel()
 
 
-async def _serve(place: Path, hosts: int, say: Callable[[str], None], json: bool) -> None:
-    say(f"starting {hosts} host{'' if hosts == 1 else 's'} in {place}")
-    async with LocalCluster(place, hosts, say) as running:
+async def _serve(
+    cluster: LocalCluster, place: Path, say: Callable[[str], None], json: bool
+) -> None:
+    say(f"starting {cluster.size} host{'' if cluster.size == 1 else 's'} in {place}")
+    async with cluster as running:
         _announce(running.cluster.to_json(), say, json)
         await asyncio.Event().wait()
 
