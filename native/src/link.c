@@ -157,6 +157,11 @@ int sp_link_receive(struct sp_link *link, struct sp_message *message)
 	return -EPROTO;
 }
 
+size_t sp_link_open_length(const struct sp_link *link)
+{
+	return link->version > 2 ? sizeof(struct wire_arena_open) : WIRE_ARENA_OPEN_V2;
+}
+
 void sp_message_close(struct sp_message *message)
 {
 	for (size_t i = 0; i < SP_LINK_DESCRIPTORS; i++)

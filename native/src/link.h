@@ -59,6 +59,9 @@ int sp_link_send(struct sp_link *link, uint8_t type, uint32_t seq, uint32_t aren
  * now, or -errno: the connection is over (-EPROTO: what came is no message). */
 int sp_link_receive(struct sp_link *link, struct sp_message *message);
 
+/* Bytes in front of the names in ARENA_OPEN, in the connection's version. */
+size_t sp_link_open_length(const struct sp_link *link);
+
 void sp_message_close(struct sp_message *message);
 
 /* Take a WELCOME: map its window of at least `window_bytes`. -EPROTO or -ENOMEM. */

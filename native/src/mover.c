@@ -125,7 +125,8 @@ static int send_extents(struct sp_node *node, const struct sp_arena *arena, stru
 int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq)
 {
 	struct wire_arena_open open = {.pages = arena->pages, .lock = arena->lock};
-	struct iovec parts[] = {{.iov_base = &open, .iov_len = sizeof(open)},
+	struct iovec parts[] = {{.iov_base = &open,
+				 .iov_len = sp_link_open_length(&node->mover.link)},
 				{.iov_base = arena->name, .iov_len = strlen(arena->name)},
 				{.iov_base = arena->domain, .iov_len = strlen(arena->domain)}};
 	struct wire_run *runs;

@@ -82,7 +82,7 @@ static int order_read(struct sp_node *node, struct sp_arena *arena, const struct
 	uint64_t most = mover->link.window_bytes / SP_PAGE_SIZE, pages;
 	int error = 0;
 
-	if (n == 0 || order->length % sizeof(*ranges) || (n > 1 && mover->link.version < 2))
+	if (n == 0 || order->length % sizeof(*ranges))
 		return -EPROTO;
 	if (!arena)
 		return send_done(node, order, ENOENT, 0);

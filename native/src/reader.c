@@ -44,7 +44,7 @@ static int send_message(struct sp_reader *reader, uint8_t type, uint32_t seq, ui
 static int announce(struct sp_reader *reader, struct sp_arena *arena)
 {
 	struct wire_arena_open open = {.pages = arena->pages};
-	struct iovec parts[] = {{.iov_base = &open, .iov_len = sizeof(open)},
+	struct iovec parts[] = {{.iov_base = &open, .iov_len = sp_link_open_length(&reader->link)},
 				{.iov_base = arena->name, .iov_len = strlen(arena->name)},
 				{.iov_base = arena->domain, .iov_len = strlen(arena->domain)}};
 
@@ -138,7 +138,7 @@ static int order_fingerprint(struct sp_reader *reader, const struct sp_message *
 	uint64_t pages;
 	int error = 0;
 
-	if (n == 0 || order->length % sizeof(*ranges) || (n > 1 && reader->link.version < 2))
+	if (n == 0 || order->length % sizeof(*ranges))
 		return -EPROTO;
 	if (!arena || !arena->seeded)
 		return send_done(reader, order, ENOENT);
@@ -161,7 +161,7 @@ static int order_changed(struct sp_reader *reader, const struct sp_message *orde
 	size_t most = (SP_SCANNER_WINDOW - sizeof(*changed)) / sizeof(struct wire_range);
 	int error;
 
-	if (order->length != sizeof(*range) || reader->link.version < 2)
+	if (order->length != sizeof(*range))
 		return -EPROTO;
 	if (!arena)
 		return send_done(reader, order, ENOENT);
@@ -205,14 +205,11 @@ static int receive_refused(struct sp_node *node, const struct sp_message *messag
 static int receive_shared(struct sp_reader *reader, const struct sp_message *message)
 {
 	struct sp_request *request = sp_mailbox_awaited(&reader->mailbox, message->header->seq);
-	size_t length = reader->link.version > 1 ? sizeof(struct wire_shared)
-						 : offsetof(struct wire_shared, no_headroom);
 
-	if (message->length != length)
+	if (message->length != sizeof(struct wire_shared))
 		return -EPROTO;
 	if (request) {
-		memset(request->answer, 0, sizeof(struct wire_shared));
-		memcpy(request->answer, message->payload, length);
+		memcpy(request->answer, message->payload, sizeof(struct wire_shared));
 		sp_mailbox_done(&reader->mailbox, request, 0, NULL);
 	}
 	return 0;

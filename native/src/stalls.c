@@ -24,7 +24,7 @@ int sp_mover_send_stalls(struct sp_node *node)
 	struct iovec part = {.iov_base = stalls->waits, .iov_len = sizeof(stalls->waits)};
 	int64_t now = (int64_t)(sp_faults_now() / 1000000);
 
-	if (!stalls->any || !node->mover.link.welcomed || node->mover.link.version < 2)
+	if (!stalls->any || !node->mover.link.welcomed)
 		return -1;
 	if (now < stalls->sent + INTERVAL_MS)
 		return (int)(stalls->sent + INTERVAL_MS - now);

@@ -14,14 +14,17 @@
 #endif
 
 #define WIRE_MAGIC 0x5053
-#define WIRE_VERSION 2
-#define WIRE_VERSION_OLDEST 1 /* that a daemon may still speak */
+#define WIRE_VERSION 3
+#define WIRE_VERSION_OLDEST 2 /* that a daemon may still speak */
 #define WIRE_MESSAGE_MAX 65536
 #define WIRE_FINGERPRINT_PAGES_MAX 16384
 #define WIRE_READ_PAGES_MAX 512
 #define WIRE_READ_PAGES_MIN 256 /* that every merger's window holds */
 #define WIRE_REPLACE_PAGES_MAX 4096
 #define WIRE_ZERO_SLOT 0
+#define WIRE_AWAY_PAGES_MAX 1600
+#define WIRE_DIGEST_SIZE 32
+#define WIRE_SNAPSHOT_SIZE 16
 #define WIRE_STALL_BUCKETS 16 /* the first is for less than 8 us, each next for twice as long */
 
 enum wire_type {
@@ -32,19 +35,33 @@ enum wire_type {
 	WIRE_ARENA_OPENED = 5,
 	WIRE_ARENA_CLOSE = 6,
 	WIRE_EXTENTS = 8,
+	WIRE_AWAY_PAGES = 9,
 	WIRE_FINGERPRINT = 16,
 	WIRE_READ = 17,
 	WIRE_REPLACE = 18,
 	WIRE_RESTORE = 19,
 	WIRE_DONE = 20,
 	WIRE_RESTORED = 21,
-	WIRE_CHANGED = 22, /* from version 2 on */
-	WIRE_STALLS = 23,  /* likewise */
-	WIRE_COUNT = 24,   /* likewise */
+	WIRE_CHANGED = 22,
+	WIRE_STALLS = 23,
+	WIRE_COUNT = 24,
+	WIRE_AWAY = 25,
+	WIRE_EVICT = 26,
+	WIRE_FILL = 27,
+	WIRE_POISON = 28,
+	WIRE_FREEZE = 29,
+	WIRE_LEAVE = 30,
 	WIRE_SHARE = 32,
 	WIRE_SHARED = 33,
 	WIRE_ACCOUNT = 34,
-	WIRE_ACCOUNTED = 35
+	WIRE_ACCOUNTED = 35,
+	WIRE_CREDENTIAL = 36,
+	WIRE_CLONE = 37,
+	WIRE_CLONING = 38,
+	WIRE_CLONED = 39,
+	WIRE_FETCH = 40,
+	WIRE_EVICT_ARENA = 41,
+	WIRE_EVICTED = 42
 };
 
 enum wire_outcome {
@@ -91,7 +108,16 @@ struct wire_arena_open { /* name and domain follow */
 	uint32_t extents;
 	uint16_t name_bytes;
 	uint16_t domain_bytes;
+	uint64_t away; /* from here on not in version 2 */
+	uint8_t left[WIRE_SNAPSHOT_SIZE];
 } __attribute__((packed));
+
+#define WIRE_ARENA_OPEN_V2 offsetof(struct wire_arena_open, away)
+
+struct wire_away {
+	uint64_t page;
+	uint8_t digest[WIRE_DIGEST_SIZE];
+};
 
 struct wire_arena_opened {
 	uint64_t lock_or_seed;
@@ -130,7 +156,7 @@ struct wire_done { /* outcomes follow, a byte each */
 struct wire_shared {
 	uint64_t merged, differs, pinned, absent, busy, no_mapping, unsupported, unique, shared,
 		pages;
-	uint64_t no_headroom; /* not in version 1 */
+	uint64_t no_headroom;
 };
 
 struct wire_accounted {
@@ -159,7 +185,8 @@ static inline uint64_t wire_count_pages(const struct wire_range *ranges, size_t 
 _Static_assert(sizeof(struct wire_header) == 16, "header");
 _Static_assert(sizeof(struct wire_hello) == 24, "HELLO");
 _Static_assert(sizeof(struct wire_welcome) == 16, "WELCOME");
-_Static_assert(sizeof(struct wire_arena_open) == 24, "ARENA_OPEN");
+_Static_assert(sizeof(struct wire_arena_open) == 48, "ARENA_OPEN");
+_Static_assert(sizeof(struct wire_away) == 40, "AWAY");
 _Static_assert(sizeof(struct wire_run) == 24, "run");
 _Static_assert(sizeof(struct wire_shared) == 88, "SHARED");
 

@@ -152,8 +152,8 @@ class FakeAgent:
 
     async def announce(self, arena: FakeArena, pages: int) -> None:
         """ARENA_OPEN with any number of pages."""
-        name, domain = arena.name.encode(), arena.domain.encode()
-        payload = wire.ARENA_OPEN.pack(pages, 0, 0, len(name), len(domain)) + name + domain
+        wanted = wire.ArenaOpen(pages, 0, 0, arena.name, arena.domain)
+        payload = wire.pack_arena_open(wanted, self._version)
         opened = await self.request(Type.ARENA_OPEN, arena.number, payload)
         [arena.seed] = wire.unpack(wire.ARENA_OPENED, opened)
 
@@ -161,8 +161,6 @@ class FakeAgent:
         """SHARE, and what SHARED says. Raises RefusedError, DroppedError."""
         shared = await self.request(Type.SHARE, arena.number)
         names = "merged differs pinned absent busy no_mapping unsupported unique shared pages"
-        if self._version == 1:
-            return dict(zip(names.split(), wire.unpack(wire.SHARED_V1, shared), strict=True))
         names += " no_headroom"
         return dict(zip(names.split(), wire.unpack(wire.SHARED, shared), strict=True))
 

@@ -162,18 +162,9 @@ class FakeMergingAgent:
     ) -> None:
         """Announce an arena as it is, or with other extents or another descriptor."""
         runs = arena.extents() if extents is None else extents
-        name, domain = arena.name.encode(), arena.domain.encode()
-        payload = (
-            wire.ARENA_OPEN.pack(
-                arena.pages if pages is None else pages,
-                arena.lock,
-                runs.size,
-                len(name),
-                len(domain),
-            )
-            + name
-            + domain
-        )
+        size = arena.pages if pages is None else pages
+        wanted = wire.ArenaOpen(size, arena.lock, runs.size, arena.name, arena.domain)
+        payload = wire.pack_arena_open(wanted, self._version)
         passed = arena.store if fd is None else fd
         asked = self.begin(
             wire.Type.ARENA_OPEN, arena.number, payload, [passed] if passed >= 0 else []
@@ -336,8 +327,6 @@ class FakeMergingAgent:
         pages = [page + at for page, count in ranges for at in range(count)]
         assert self._window is not None
         assert pages == sorted(set(pages)) and pages[-1] < arena.pages
-        if self._version == 1:
-            assert len(ranges) == 1 and len(pages) <= wire.READ_PAGES_MAX_V1
         assert len(pages) <= wire.READ_PAGES_MAX
         for number, page in enumerate(pages):
             low = number * wire.PAGE_SIZE

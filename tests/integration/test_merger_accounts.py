@@ -12,7 +12,6 @@ from fakes.fake_merging_agent import FakeMergingAgent, random_pages
 from helpers.merger_host import MergerHost, store_directory
 from helpers.waiting import until
 
-from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.reports import ACCOUNT_FIELDS, Account, HostAccount, total
 
@@ -136,16 +135,6 @@ async def test_a_process_that_does_not_answer_is_not_guessed_at(
     assert [arena.unknown_pages for arena in account.arenas] == [0, 40, 0]
     assert [arena.shared_pages for arena in account.arenas] == [60, 60, 0]
     agents[1].obey.set()
-
-
-async def test_an_older_library_says_less(host: MergerHost) -> None:
-    agent = FakeMergingAgent(host.path, version=1)
-    await agent.connect()
-    await agent.open("old", random_pages(1, 10))
-    account = await host.accountant.host()
-    assert (account.arenas[0].unknown_pages, account.arenas[0].private_pages) == (10, 0)
-    assert wire.Type.COUNT not in agent.orders
-    await agent.die()
 
 
 async def test_an_agent_that_exaggerates_is_not_believed(

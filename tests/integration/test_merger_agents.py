@@ -241,8 +241,8 @@ class TestBreakingOff:
             await agents[0].disconnect()
             await agents[0].connect()
             runs = arenas[0].extents()
-            name = arenas[0].name.encode() + DOMAIN.encode()
-            payload = wire.ARENA_OPEN.pack(PAGES, arenas[0].lock, runs.size, 7, 7) + name
+            name, lock = arenas[0].name, arenas[0].lock
+            payload = wire.pack_arena_open(wire.ArenaOpen(PAGES, lock, runs.size, name, DOMAIN))
             agents[0].send(wire.Type.ARENA_OPEN, 1, payload, 5, [arenas[0].store])
             agents[0].send(wire.Type.EXTENTS, 1, runs[:100].tobytes())
             await agents[0].flushed()
@@ -565,9 +565,9 @@ class TestLying:
             (wire.Type.DONE, wire.DONE.pack(0, 0)),
             (wire.Type.HELLO, bytes(24)),
             (wire.Type.ARENA_OPEN, b"short"),
-            (wire.Type.ARENA_OPEN, wire.ARENA_OPEN.pack(1, 0, 0, 100, 100)),
-            (wire.Type.ARENA_OPEN, wire.ARENA_OPEN.pack(1, 0, 0, 2, 0) + b"\xff\xfe"),
-            (wire.Type.ARENA_OPEN, wire.ARENA_OPEN.pack(1, 0, 0, 1, 1) + b"ab"),
+            (wire.Type.ARENA_OPEN, wire.ARENA_OPEN.pack(1, 0, 0, 100, 100, 0, bytes(16))),
+            (wire.Type.ARENA_OPEN, wire.ARENA_OPEN.pack(1, 0, 0, 2, 0, 0, bytes(16)) + b"\xff\xfe"),
+            (wire.Type.ARENA_OPEN, wire.ARENA_OPEN.pack(1, 0, 0, 1, 1, 0, bytes(16)) + b"ab"),
         ],
     )
     async def test_a_broken_rule_ends_that_connection_alone(

@@ -107,7 +107,7 @@ def _header(
 
 
 def _arena_open(name_bytes: int, text: bytes, arena: int = 2) -> bytes:
-    payload = wire.ARENA_OPEN.pack(8, 0, 0, name_bytes, 7) + text
+    payload = wire.ARENA_OPEN.pack(8, 0, 0, name_bytes, 7, 0, bytes(16)) + text
     return wire.pack(Type.ARENA_OPEN, 1, arena, payload)
 
 
@@ -151,7 +151,7 @@ async def test_garbage_ends_that_connection_alone(
     assert {run[0] for run in merger.runs} == {"good-a"}
 
 
-@pytest.mark.parametrize("version", [0, 3])
+@pytest.mark.parametrize("version", [1, 4])
 async def test_wrong_version_is_told(host: ScannerHost, version: int) -> None:
     agent = await FakeAgent.connect(host.directory, hello=False)
     hello = _header(version=version, kind=Type.HELLO, length=40, payload=bytes(24))
@@ -159,15 +159,15 @@ async def test_wrong_version_is_told(host: ScannerHost, version: int) -> None:
     refused = await agent.notice
     assert refused.type is Type.REFUSED
     assert wire.REFUSED.unpack_from(refused.payload) == (errno.EPROTONOSUPPORT,)
-    assert f"protocol version {version}, and this daemon speaks 1 to 2".encode() in refused.payload
+    assert f"protocol version {version}, and this daemon speaks 2 to 3".encode() in refused.payload
     await agent.hung_up.wait()
 
 
 async def test_a_message_of_another_version_than_hello_ends_the_connection(
     host: ScannerHost,
 ) -> None:
-    agent = await FakeAgent.connect(host.directory, version=1)
-    agent.send(_header(version=2, kind=Type.SHARE, length=16))
+    agent = await FakeAgent.connect(host.directory, version=2)
+    agent.send(_header(version=3, kind=Type.SHARE, length=16))
     await agent.hung_up.wait()
 
 

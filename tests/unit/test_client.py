@@ -223,7 +223,7 @@ def test_an_arena_that_was_not_made_is_not_announced_later(tmp_path: Path) -> No
 
 def test_a_merger_one_protocol_version_back(tmp_path: Path) -> None:
     with (
-        LoneMerger(tmp_path, version=1),
+        LoneMerger(tmp_path, version=2),
         samepage.connect(tmp_path) as node,
         node.create_arena("a", 4096) as arena,
     ):
@@ -231,11 +231,11 @@ def test_a_merger_one_protocol_version_back(tmp_path: Path) -> None:
         assert arena.stats().private == 1
 
 
-@pytest.mark.parametrize(("version", "who"), [(0, "daemon"), (3, "library")])
+@pytest.mark.parametrize(("version", "who"), [(1, "daemon"), (4, "library")])
 def test_no_protocol_version_in_common(tmp_path: Path, version: int, who: str) -> None:
     with (
         LoneMerger(tmp_path, version=version),
-        pytest.raises(samepage.ProtocolVersionError, match=f"1 to 2: upgrade the {who}"),
+        pytest.raises(samepage.ProtocolVersionError, match=f"2 to 3: upgrade the {who}"),
     ):
         samepage.connect(tmp_path)
 

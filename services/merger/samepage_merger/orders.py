@@ -60,7 +60,7 @@ class Orders:
         if session is None:
             return outcomes
         async with session.reading:
-            for low, high in _read_parts(pages, session.peer.version):
+            for low, high in _read_parts(pages):
                 first, count = join(pages[low:high])
                 payload = np.stack((first, count), axis=1).astype("<u8").tobytes()
                 try:
@@ -122,7 +122,7 @@ class Orders:
     async def count_absent(self, arena: Arena) -> int | None:
         """Ask how many pages take no memory; None when the agent does not say."""
         session = arena.session
-        if session is None or session.peer.version < wire.SINCE[wire.Type.COUNT]:
+        if session is None:
             return None
         async with session.reading:
             try:
@@ -212,19 +212,10 @@ _OUTCOME_OF_ERRNO = {
 }
 
 
-def _read_parts(pages: Int64s, version: int) -> Iterator[tuple[int, int]]:
-    """Cut ascending pages into parts that each fit into one READ of a protocol version."""
-    if version > 1:
-        for low in range(0, pages.size, wire.READ_PAGES_MAX):
-            yield low, min(low + wire.READ_PAGES_MAX, pages.size)
-        return
-    _, count = join(pages)
-    low = 0
-    for end in np.cumsum(count).tolist():
-        while low < end:
-            high = min(low + wire.READ_PAGES_MAX_V1, end)
-            yield low, high
-            low = high
+def _read_parts(pages: Int64s) -> Iterator[tuple[int, int]]:
+    """Cut pages into parts that each fit into one READ."""
+    for low in range(0, pages.size, wire.READ_PAGES_MAX):
+        yield low, min(low + wire.READ_PAGES_MAX, pages.size)
 
 
 @dataclass(frozen=True, slots=True)

@@ -78,8 +78,7 @@ class Arena:
     @property
     def tracked(self) -> bool:
         """Whether its agent names the pages that were written."""
-        peer = self.agent.peer
-        return self.names_writes and peer.version >= 2 and bool(peer.features & TRACKS_WRITES)
+        return self.names_writes and bool(self.agent.peer.features & TRACKS_WRITES)
 
 
 @dataclass(eq=False, slots=True)

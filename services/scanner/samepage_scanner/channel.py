@@ -100,7 +100,7 @@ class Channel:
         except ShareRefusedError as error:
             peer.refuse(message, error.error, error.text)
         else:
-            payload = wire.pack_shared(dataclasses.astuple(report), peer.version)
+            payload = wire.SHARED.pack(*dataclasses.astuple(report))
             peer.send(wire.Type.SHARED, message.seq, message.arena, payload)
 
     def _arena(self, peer: Peer, message: wire.Message) -> Arena:

@@ -11,13 +11,12 @@ import numpy.typing as npt
 
 PAGE_SIZE = 4096
 MAGIC = 0x5053
-VERSION = 2
+VERSION = 3
 #: What daemons speak: an agent of the version before goes on working when they are upgraded.
-VERSIONS = (1, 2)
+VERSIONS = (2, 3)
 MESSAGE_MAX = 65_536
 FINGERPRINT_PAGES_MAX = 16_384
 READ_PAGES_MAX = 512
-READ_PAGES_MAX_V1 = 256
 REPLACE_PAGES_MAX = 4_096
 ZERO_SLOT = 0
 
@@ -25,7 +24,8 @@ HEADER = struct.Struct("<HBBIII")
 HELLO = struct.Struct("<16sII")
 WELCOME = struct.Struct("<QII")
 REFUSED = struct.Struct("<I")
-ARENA_OPEN = struct.Struct("<QQIHH")
+ARENA_OPEN = struct.Struct("<QQIHHQ16s")
+ARENA_OPEN_V2 = struct.Struct("<QQIHH")
 ARENA_OPENED = struct.Struct("<Q")
 PAGE_RANGE = struct.Struct("<QQ")
 REPLACE = struct.Struct("<II")
@@ -34,7 +34,6 @@ STALL_BUCKETS = 16
 STALLS = struct.Struct(f"<{STALL_BUCKETS}Q")
 DONE = struct.Struct("<iI")
 SHARED = struct.Struct("<11Q")
-SHARED_V1 = struct.Struct("<10Q")
 ACCOUNTED = struct.Struct("<QQ")
 COUNTED_BYTES = 8
 AWAY_PAGES_MAX = 1_600
@@ -89,9 +88,6 @@ class Type(enum.IntEnum):
 
 #: Messages that older versions of the protocol lack.
 SINCE = {
-    Type.CHANGED: 2,
-    Type.STALLS: 2,
-    Type.COUNT: 2,
     Type.AWAY_PAGES: 3,
     Type.AWAY: 3,
     Type.EVICT: 3,
@@ -185,11 +181,6 @@ def parse(packet: bytes) -> Message:
     return message
 
 
-def pack_shared(pages: tuple[int, ...], version: int) -> bytes:
-    """Return the payload of SHARED; version 1 does not have the last of the counts."""
-    return SHARED.pack(*pages) if version > 1 else SHARED_V1.pack(*pages[:-1])
-
-
 def unpack(layout: struct.Struct, message: Message) -> tuple[int, ...]:
     """Return the fields of a payload of exactly one layout.
 
@@ -233,17 +224,28 @@ def unpack_arena_open(message: Message) -> ArenaOpen:
     Raises:
         ProtocolError: the payload does not hold what it says, or is not UTF-8.
     """
-    if len(message.payload) < ARENA_OPEN.size:
+    layout = ARENA_OPEN if message.version > 2 else ARENA_OPEN_V2
+    if len(message.payload) < layout.size:
         raise ProtocolError("ARENA_OPEN is too short")
-    pages, lock, extents, name_bytes, domain_bytes = ARENA_OPEN.unpack_from(message.payload)
-    text = message.payload[ARENA_OPEN.size :]
+    fields = layout.unpack_from(message.payload)
+    pages, lock, extents, name_bytes, domain_bytes, *newer = fields
+    text = message.payload[layout.size :]
     if len(text) != name_bytes + domain_bytes:
         raise ProtocolError("ARENA_OPEN does not hold the names that it says")
     try:
         name, domain = text[:name_bytes].decode(), text[name_bytes:].decode()
     except UnicodeDecodeError as error:
         raise ProtocolError("ARENA_OPEN with a name that is not UTF-8") from error
-    return ArenaOpen(pages, lock, extents, name, domain)
+    return ArenaOpen(pages, lock, extents, name, domain, *newer)
+
+
+def pack_arena_open(wanted: ArenaOpen, version: int = VERSION) -> bytes:
+    """Return the payload of ARENA_OPEN."""
+    name, domain = wanted.name.encode(), wanted.domain.encode()
+    fields = (wanted.pages, wanted.lock, wanted.extents, len(name), len(domain))
+    if version > 2:
+        return ARENA_OPEN.pack(*fields, wanted.away, wanted.left) + name + domain
+    return ARENA_OPEN_V2.pack(*fields) + name + domain
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +257,5 @@ class ArenaOpen:
     extents: int
     name: str
     domain: str
+    away: int = 0
+    left: bytes = bytes(16)
