@@ -215,6 +215,38 @@ async def test_overlap_counts_by_host(
     assert [(host.host, host.pages) for host in overlap.hosts] == [("host-c", 15), ("host-b", 12)]
 
 
+async def test_overlap_of_one_arena(host: ScannerHost, index: FakeIndex, agent: FakeAgent) -> None:
+    first = await agent.open("a", random_pages(20, 1))
+    await agent.open("b", random_pages(30, 2))
+    await agent.open("a", random_pages(40, 3), "other")
+    await scan(host)
+    await index.settled()
+    index.others = {"host-b": {first.fingerprint(page) for page in range(12)}}
+    overlap = await host.api.GetOverlap(scanner_pb2.GetOverlapRequest(arena="a"))
+    assert overlap.distinct_pages == 20
+    assert [(host.host, host.pages) for host in overlap.hosts] == [("host-b", 12)]
+    overlap = await host.api.GetOverlap(scanner_pb2.GetOverlapRequest(arena="b"))
+    assert (overlap.distinct_pages, len(overlap.hosts)) == (30, 0)
+    overlap = await host.api.GetOverlap(scanner_pb2.GetOverlapRequest(domain="other"))
+    assert overlap.distinct_pages == 40
+    with pytest.raises(grpc.aio.AioRpcError, match="no arena 'c' in domain 'default'"):
+        await host.api.GetOverlap(scanner_pb2.GetOverlapRequest(arena="c"))
+
+
+async def test_overlap_of_a_sample_speaks_for_all(
+    host: ScannerHost, index: FakeIndex, agent: FakeAgent
+) -> None:
+    arena = await agent.open("a", random_pages(400, 1))
+    policy = scanner_pb2.ScannerPolicy(sampling_bits=2)
+    await host.api.SetPolicy(scanner_pb2.SetScannerPolicyRequest(policy=policy))
+    await scan(host)
+    await index.settled()
+    sample = {one for one in content(arena) if int.from_bytes(one, "big") % 4 == 0}
+    index.others = {"host-b": sample}
+    overlap = await host.api.GetOverlap(scanner_pb2.GetOverlapRequest())
+    assert (overlap.distinct_pages, overlap.hosts[0].pages) == (400, 4 * len(sample))
+
+
 def holds(index: FakeIndex, wanted: set[bytes]) -> bool:
     return index.held[DEFAULT] == wanted
 

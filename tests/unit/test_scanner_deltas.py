@@ -154,5 +154,5 @@ def test_distinct_parts_are_all_pages_once(block: int) -> None:
         books.update(
             arena, np.arange(100), contents.copy(), np.full(100, PageState.PRIVATE, np.uint8)
         )
-    parts = [as_set(part) for part in distinct_parts(arena.domain)]
+    parts = [as_set(part) for part in distinct_parts([one.pages for one in books.arenas()])]
     assert sum(map(len, parts)) == len(set.union(*parts)) == 17

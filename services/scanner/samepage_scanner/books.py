@@ -143,6 +143,12 @@ class Books:
         for domain in self.domains.values():
             yield from domain.arenas
 
+    def select(self, domain: str, arena: str) -> list[Arena]:
+        """The open arenas of a domain and of a name, each of which may be empty for any."""
+        known = self.domains.get(domain)
+        chosen = [known] if known else [] if domain else list(self.domains.values())
+        return [each for some in chosen for each in (some.find(arena) if arena else some.arenas)]
+
     def connect(self, peer: Peer) -> None:
         """An agent is there."""
         self.connections += 1

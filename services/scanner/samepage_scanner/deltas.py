@@ -77,9 +77,8 @@ def forget(domain: Domain) -> None:
                 flags &= ~PUBLISHED
 
 
-def distinct_parts(domain: Domain) -> Iterator[fp.Fingerprints]:
-    """All distinct fingerprints of a domain, stable or not, in parts of bounded size."""
-    arenas = [arena.pages for arena in domain.arenas]
+def distinct_parts(arenas: Sequence[Pages]) -> Iterator[fp.Fingerprints]:
+    """All distinct fingerprints of arenas, stable or not, in parts of bounded size."""
     parts = sum(map(len, arenas)) // _PART_PAGES + 1
     for part in range(parts):
         chosen = []

@@ -14,7 +14,7 @@ import contextlib
 import random
 import secrets
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 
 import grpc
 import numpy as np
@@ -24,7 +24,7 @@ from samepage.daemon.policies import Policies
 from samepage.v1 import index_pb2, index_pb2_grpc
 from samepage_scanner import deltas
 from samepage_scanner import fingerprints as fp
-from samepage_scanner.books import Books, Domain
+from samepage_scanner.books import Arena, Books, Domain
 from samepage_scanner.config import Config
 
 BATCH_MAX = 1 << 16
@@ -99,24 +99,31 @@ class Publisher:
             await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
             backoff = min(2 * backoff, _BACKOFF_MAX_SECONDS)
 
-    async def overlap(self) -> tuple[Counter[str], int]:
-        """How many of this host's distinct pages each other host holds, and how many there are.
+    async def overlap(self, arenas: Iterable[Arena]) -> tuple[Counter[str], int]:
+        """How many of the arenas' distinct pages each other host holds, and how many there are.
+
+        With sampling, the first is what the sample says, for all.
 
         Raises:
             IndexAwayError: the index does not answer.
         """
         held: Counter[str] = Counter()
         distinct = 0
+        bits = self._policies.current.sampling_bits
+        by_domain: dict[str, list[Arena]] = {}
+        for arena in arenas:
+            by_domain.setdefault(arena.domain.name, []).append(arena)
         try:
             async with grpc.aio.insecure_channel(self._target, options=_OPTIONS) as channel:
                 stub = index_pb2_grpc.IndexStub(channel)
-                for domain in list(self._books.domains.values()):
-                    async for part in _distinct(domain):
+                for some in by_domain.values():
+                    async for part in _distinct(some):
                         distinct += len(part)
-                        held += await self._lookup(stub, domain, part)
+                        sample = part[fp.sampled(part, bits)]
+                        held += await self._lookup(stub, some[0].domain, sample)
         except grpc.aio.AioRpcError as error:
             raise IndexAwayError(_why(error)) from error
-        return held, distinct
+        return Counter({host: pages << bits for host, pages in held.items()}), distinct
 
     async def _lookup(
         self, stub: index_pb2_grpc.IndexAsyncStub, domain: Domain, part: fp.Fingerprints
@@ -252,8 +259,8 @@ def _batches(domain: Domain, delta: deltas.Delta) -> list[index_pb2.Batch]:
     ]
 
 
-async def _distinct(domain: Domain) -> AsyncIterator[fp.Fingerprints]:
-    parts = deltas.distinct_parts(domain)
+async def _distinct(arenas: Sequence[Arena]) -> AsyncIterator[fp.Fingerprints]:
+    parts = deltas.distinct_parts([arena.pages for arena in arenas])
     while (part := await asyncio.to_thread(next, parts, None)) is not None:
         yield part
 

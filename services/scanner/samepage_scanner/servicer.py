@@ -129,8 +129,13 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
         if self._publisher is None:
             text = "this scanner has no index: set its `index`"
             await _abort(context, grpc.StatusCode.UNAVAILABLE, text)
+        domain = request.domain or (DEFAULT_DOMAIN if request.arena else "")
+        arenas = self._books.select(domain, request.arena)
+        if request.arena and not arenas:
+            text = f"no arena {request.arena!r} in domain {domain!r}"
+            await _abort(context, grpc.StatusCode.NOT_FOUND, text)
         try:
-            held, distinct = await self._publisher.overlap()
+            held, distinct = await self._publisher.overlap(arenas)
         except IndexAwayError as error:
             text = f"the index is away: {error}; try again later"
             await _abort(context, grpc.StatusCode.UNAVAILABLE, text)

@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from samepage import errors
-from samepage.cli import arenas, doctor, policy, scan, share, status, up
+from samepage.cli import arenas, doctor, overlap, policy, scan, share, status, up
 from samepage.cli.demo import command as demo_command
 from samepage.cli.top import command as top_command
 
@@ -38,6 +38,7 @@ COMMANDS = (
     arenas.arenas,
     share.share,
     scan.scan,
+    overlap.overlap,
     policy.policy,
     doctor.doctor,
     demo_command.demo,

@@ -99,7 +99,7 @@ class IndexStats:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Distinct pages of a host, and how many of them each other host holds too."""
+    """Distinct pages of a host or an arena, and how many of them each other host holds too."""
 
     distinct_pages: int
     hosts: dict[str, int]
@@ -213,15 +213,16 @@ def share(host: Host, domain: str, arena: str, timeout: float) -> ShareReport:
     return ShareReport(**{name: getattr(answer.outcome, name) for name in _fields(ShareReport)})
 
 
-def overlap(host: Host) -> Overlap:
-    """Ask how much of the host's memory other hosts hold.
+def overlap(host: Host, domain: str = "", arena: str = "") -> Overlap:
+    """Ask how much of the host's memory, or of one arena's, other hosts hold.
 
     Raises:
+        NotFoundError: no such arena.
         NotRunningError, ServiceUnavailableError: the scanner or the index is away.
     """
     with rpc.channel(rpc.socket_address(host.directory, rpc.SCANNER_SOCKET)) as channel:
         answer = scanner_pb2_grpc.ScannerStub(channel).GetOverlap(
-            scanner_pb2.GetOverlapRequest(), timeout=rpc.TIMEOUT_SECONDS
+            scanner_pb2.GetOverlapRequest(domain=domain, arena=arena), timeout=rpc.TIMEOUT_SECONDS
         )
     return Overlap(answer.distinct_pages, {other.host: other.pages for other in answer.hosts})
 

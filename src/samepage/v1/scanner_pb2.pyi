@@ -397,12 +397,21 @@ Global___GetScannerStatusResponse: _TypeAlias = GetScannerStatusResponse  # noqa
 class GetOverlapRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """Default: "default" when an arena is named, else all domains."""
+    arena: _builtins.str
+    """Default: all arenas."""
     def __init__(
         self,
+        *,
+        domain: _builtins.str = ...,
+        arena: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -415,7 +424,7 @@ class GetOverlapResponse(_message.Message):
     HOSTS_FIELD_NUMBER: _builtins.int
     DISTINCT_PAGES_FIELD_NUMBER: _builtins.int
     distinct_pages: _builtins.int
-    """Distinct pages of this host, all domains; not counting zero pages."""
+    """Distinct pages of what was asked for; not counting zero pages."""
     @_builtins.property
     def hosts(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostOverlap]: ...
     def __init__(
@@ -440,7 +449,9 @@ class HostOverlap(_message.Message):
     PAGES_FIELD_NUMBER: _builtins.int
     host: _builtins.str
     pages: _builtins.int
-    """Distinct pages of this host that the other one holds too."""
+    """Distinct pages that the other host holds too. An estimate where only a sample of fingerprints
+    is published (sampling_bits): what the sample says, for all.
+    """
     def __init__(
         self,
         *,

@@ -104,8 +104,8 @@ class ScannerServicer:
         raise NotImplementedError('Method not implemented!')
 
     def GetOverlap(self, request, context):
-        """How much of this host's memory the index knows on other hosts.
-        Errors: UNAVAILABLE (the index is away).
+        """How much of this host's memory, or of one arena, the index knows on other hosts.
+        Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -43,8 +43,8 @@ class ScannerStub:
     """
     GetScannerStatus: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerStatusRequest, _scanner_pb2.GetScannerStatusResponse]
     GetOverlap: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetOverlapRequest, _scanner_pb2.GetOverlapResponse]
-    """How much of this host's memory the index knows on other hosts.
-    Errors: UNAVAILABLE (the index is away).
+    """How much of this host's memory, or of one arena, the index knows on other hosts.
+    Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
     """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerPolicyRequest, _scanner_pb2.GetScannerPolicyResponse]
     """What may be changed while the scanner runs, as it is now."""
@@ -68,8 +68,8 @@ class ScannerAsyncStub(ScannerStub):
     """
     GetScannerStatus: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerStatusRequest, _scanner_pb2.GetScannerStatusResponse]  # type: ignore[assignment]
     GetOverlap: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetOverlapRequest, _scanner_pb2.GetOverlapResponse]  # type: ignore[assignment]
-    """How much of this host's memory the index knows on other hosts.
-    Errors: UNAVAILABLE (the index is away).
+    """How much of this host's memory, or of one arena, the index knows on other hosts.
+    Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerPolicyRequest, _scanner_pb2.GetScannerPolicyResponse]  # type: ignore[assignment]
     """What may be changed while the scanner runs, as it is now."""
@@ -120,8 +120,8 @@ class ScannerServicer(metaclass=_abc_1.ABCMeta):
         request: _scanner_pb2.GetOverlapRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_scanner_pb2.GetOverlapResponse, _abc.Awaitable[_scanner_pb2.GetOverlapResponse]]:
-        """How much of this host's memory the index knows on other hosts.
-        Errors: UNAVAILABLE (the index is away).
+        """How much of this host's memory, or of one arena, the index knows on other hosts.
+        Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
         """
 
     @_abc_1.abstractmethod
