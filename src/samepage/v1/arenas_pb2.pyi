@@ -628,3 +628,106 @@ class GetArenasStatusResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetArenasStatusResponse: _TypeAlias = GetArenasStatusResponse  # noqa: Y015
+
+@_typing.final
+class CloneArenaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    SOURCE_HOST_FIELD_NUMBER: _builtins.int
+    SOURCE_ARENA_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    LAZY_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    source_host: _builtins.str
+    """The host that has the arena, by its name in the index, and the arena's name there."""
+    source_arena: _builtins.str
+    arena: _builtins.str
+    """The new arena's name. Default: the source's."""
+    lazy: _builtins.bool
+    """Return at once; pages come when they are touched, and in the background."""
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        source_host: _builtins.str = ...,
+        source_arena: _builtins.str = ...,
+        arena: _builtins.str = ...,
+        lazy: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain", "lazy", b"lazy", "source_arena", b"source_arena", "source_host", b"source_host"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloneArenaRequest: _TypeAlias = CloneArenaRequest  # noqa: Y015
+
+@_typing.final
+class MigrateArenaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    SOURCE_HOST_FIELD_NUMBER: _builtins.int
+    SOURCE_ARENA_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    MAX_FREEZE_MILLISECONDS_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    source_host: _builtins.str
+    source_arena: _builtins.str
+    arena: _builtins.str
+    """Default: the source's."""
+    max_freeze_milliseconds: _builtins.int
+    """For how long writers may have to wait at the end. Default: 500."""
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        source_host: _builtins.str = ...,
+        source_arena: _builtins.str = ...,
+        arena: _builtins.str = ...,
+        max_freeze_milliseconds: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain", "max_freeze_milliseconds", b"max_freeze_milliseconds", "source_arena", b"source_arena", "source_host", b"source_host"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MigrateArenaRequest: _TypeAlias = MigrateArenaRequest  # noqa: Y015
+
+@_typing.final
+class CloneArenaResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LOCAL_BYTES_FIELD_NUMBER: _builtins.int
+    FETCHED_BYTES_FIELD_NUMBER: _builtins.int
+    MISSING_BYTES_FIELD_NUMBER: _builtins.int
+    FREEZE_MICROSECONDS_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    local_bytes: _builtins.int
+    """Bytes so far; the three sum to the arena's size less what holds only zeros."""
+    fetched_bytes: _builtins.int
+    missing_bytes: _builtins.int
+    freeze_microseconds: _builtins.int
+    """For how long writers had to wait; 0 but at the end of MigrateArena."""
+    @_builtins.property
+    def arena(self) -> Global___HeldArena:
+        """In the last response only."""
+
+    def __init__(
+        self,
+        *,
+        local_bytes: _builtins.int = ...,
+        fetched_bytes: _builtins.int = ...,
+        missing_bytes: _builtins.int = ...,
+        freeze_microseconds: _builtins.int = ...,
+        arena: Global___HeldArena | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "fetched_bytes", b"fetched_bytes", "freeze_microseconds", b"freeze_microseconds", "local_bytes", b"local_bytes", "missing_bytes", b"missing_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___CloneArenaResponse: _TypeAlias = CloneArenaResponse  # noqa: Y015

@@ -78,6 +78,16 @@ class ArenasStub:
                 request_serializer=samepage_dot_v1_dot_arenas__pb2.SealArenaRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_arenas__pb2.SealArenaResponse.FromString,
                 _registered_method=True)
+        self.CloneArena = channel.unary_stream(
+                '/samepage.v1.Arenas/CloneArena',
+                request_serializer=samepage_dot_v1_dot_arenas__pb2.CloneArenaRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_arenas__pb2.CloneArenaResponse.FromString,
+                _registered_method=True)
+        self.MigrateArena = channel.unary_stream(
+                '/samepage.v1.Arenas/MigrateArena',
+                request_serializer=samepage_dot_v1_dot_arenas__pb2.MigrateArenaRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_arenas__pb2.CloneArenaResponse.FromString,
+                _registered_method=True)
         self.StatArena = channel.unary_unary(
                 '/samepage.v1.Arenas/StatArena',
                 request_serializer=samepage_dot_v1_dot_arenas__pb2.StatArenaRequest.SerializeToString,
@@ -181,6 +191,27 @@ class ArenasServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def CloneArena(self, request, context):
+        """Make an arena that is a copy of one on another host (docs/cluster.md), moving only the pages
+        that this host lacks. Progress comes until the last response, which has the arena. An arena
+        whose call fails, or is given up, is gone.
+        Errors: INVALID_ARGUMENT, NOT_FOUND (no such host or arena), ALREADY_EXISTS, as CreateArena
+        RESOURCE_EXHAUSTED, UNAVAILABLE (the merger, the index or the other host is away),
+        FAILED_PRECONDITION (the kernel lacks what it takes).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def MigrateArena(self, request, context):
+        """The same, and the other host's process has the arena no more when the last response comes.
+        Errors: as CloneArena; DEADLINE_EXCEEDED (its writers would have had to wait for longer than
+        `max_freeze_milliseconds`): the arena stayed where it was.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def StatArena(self, request, context):
         """What the kernel shows of an arena's pages. Errors: NOT_FOUND.
         """
@@ -248,6 +279,16 @@ def add_ArenasServicer_to_server(servicer, server):
                     servicer.SealArena,
                     request_deserializer=samepage_dot_v1_dot_arenas__pb2.SealArenaRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_arenas__pb2.SealArenaResponse.SerializeToString,
+            ),
+            'CloneArena': grpc.unary_stream_rpc_method_handler(
+                    servicer.CloneArena,
+                    request_deserializer=samepage_dot_v1_dot_arenas__pb2.CloneArenaRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_arenas__pb2.CloneArenaResponse.SerializeToString,
+            ),
+            'MigrateArena': grpc.unary_stream_rpc_method_handler(
+                    servicer.MigrateArena,
+                    request_deserializer=samepage_dot_v1_dot_arenas__pb2.MigrateArenaRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_arenas__pb2.CloneArenaResponse.SerializeToString,
             ),
             'StatArena': grpc.unary_unary_rpc_method_handler(
                     servicer.StatArena,
@@ -468,6 +509,60 @@ class Arenas:
             '/samepage.v1.Arenas/SealArena',
             samepage_dot_v1_dot_arenas__pb2.SealArenaRequest.SerializeToString,
             samepage_dot_v1_dot_arenas__pb2.SealArenaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def CloneArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/samepage.v1.Arenas/CloneArena',
+            samepage_dot_v1_dot_arenas__pb2.CloneArenaRequest.SerializeToString,
+            samepage_dot_v1_dot_arenas__pb2.CloneArenaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def MigrateArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/samepage.v1.Arenas/MigrateArena',
+            samepage_dot_v1_dot_arenas__pb2.MigrateArenaRequest.SerializeToString,
+            samepage_dot_v1_dot_arenas__pb2.CloneArenaResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -89,6 +89,19 @@ class ArenasStub:
     """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
     Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
     """
+    CloneArena: _grpc.UnaryStreamMultiCallable[_arenas_pb2.CloneArenaRequest, _arenas_pb2.CloneArenaResponse]
+    """Make an arena that is a copy of one on another host (docs/cluster.md), moving only the pages
+    that this host lacks. Progress comes until the last response, which has the arena. An arena
+    whose call fails, or is given up, is gone.
+    Errors: INVALID_ARGUMENT, NOT_FOUND (no such host or arena), ALREADY_EXISTS, as CreateArena
+    RESOURCE_EXHAUSTED, UNAVAILABLE (the merger, the index or the other host is away),
+    FAILED_PRECONDITION (the kernel lacks what it takes).
+    """
+    MigrateArena: _grpc.UnaryStreamMultiCallable[_arenas_pb2.MigrateArenaRequest, _arenas_pb2.CloneArenaResponse]
+    """The same, and the other host's process has the arena no more when the last response comes.
+    Errors: as CloneArena; DEADLINE_EXCEEDED (its writers would have had to wait for longer than
+    `max_freeze_milliseconds`): the arena stayed where it was.
+    """
     StatArena: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.StatArenaRequest, _arenas_pb2.StatArenaResponse]
     """What the kernel shows of an arena's pages. Errors: NOT_FOUND."""
     ListHeldArenas: _grpc.UnaryUnaryMultiCallable[_arenas_pb2.ListHeldArenasRequest, _arenas_pb2.ListHeldArenasResponse]
@@ -156,6 +169,19 @@ class ArenasAsyncStub(ArenasStub):
     SealArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.SealArenaRequest, _arenas_pb2.SealArenaResponse]  # type: ignore[assignment]
     """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
     Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
+    """
+    CloneArena: _aio.UnaryStreamMultiCallable[_arenas_pb2.CloneArenaRequest, _arenas_pb2.CloneArenaResponse]  # type: ignore[assignment]
+    """Make an arena that is a copy of one on another host (docs/cluster.md), moving only the pages
+    that this host lacks. Progress comes until the last response, which has the arena. An arena
+    whose call fails, or is given up, is gone.
+    Errors: INVALID_ARGUMENT, NOT_FOUND (no such host or arena), ALREADY_EXISTS, as CreateArena
+    RESOURCE_EXHAUSTED, UNAVAILABLE (the merger, the index or the other host is away),
+    FAILED_PRECONDITION (the kernel lacks what it takes).
+    """
+    MigrateArena: _aio.UnaryStreamMultiCallable[_arenas_pb2.MigrateArenaRequest, _arenas_pb2.CloneArenaResponse]  # type: ignore[assignment]
+    """The same, and the other host's process has the arena no more when the last response comes.
+    Errors: as CloneArena; DEADLINE_EXCEEDED (its writers would have had to wait for longer than
+    `max_freeze_milliseconds`): the arena stayed where it was.
     """
     StatArena: _aio.UnaryUnaryMultiCallable[_arenas_pb2.StatArenaRequest, _arenas_pb2.StatArenaResponse]  # type: ignore[assignment]
     """What the kernel shows of an arena's pages. Errors: NOT_FOUND."""
@@ -263,6 +289,31 @@ class ArenasServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_arenas_pb2.SealArenaResponse, _abc.Awaitable[_arenas_pb2.SealArenaResponse]]:
         """Make an arena read-only for good; later writes and discards are FAILED_PRECONDITION.
         Errors: NOT_FOUND, RESOURCE_EXHAUSTED (no mapping left).
+        """
+
+    @_abc_1.abstractmethod
+    def CloneArena(
+        self,
+        request: _arenas_pb2.CloneArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_arenas_pb2.CloneArenaResponse], _abc.AsyncIterator[_arenas_pb2.CloneArenaResponse]]:
+        """Make an arena that is a copy of one on another host (docs/cluster.md), moving only the pages
+        that this host lacks. Progress comes until the last response, which has the arena. An arena
+        whose call fails, or is given up, is gone.
+        Errors: INVALID_ARGUMENT, NOT_FOUND (no such host or arena), ALREADY_EXISTS, as CreateArena
+        RESOURCE_EXHAUSTED, UNAVAILABLE (the merger, the index or the other host is away),
+        FAILED_PRECONDITION (the kernel lacks what it takes).
+        """
+
+    @_abc_1.abstractmethod
+    def MigrateArena(
+        self,
+        request: _arenas_pb2.MigrateArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_arenas_pb2.CloneArenaResponse], _abc.AsyncIterator[_arenas_pb2.CloneArenaResponse]]:
+        """The same, and the other host's process has the arena no more when the last response comes.
+        Errors: as CloneArena; DEADLINE_EXCEEDED (its writers would have had to wait for longer than
+        `max_freeze_milliseconds`): the arena stayed where it was.
         """
 
     @_abc_1.abstractmethod
