@@ -28,7 +28,7 @@ from samepage.daemon import wire
 from samepage.daemon.wire import Outcome
 
 Pages = npt.NDArray[np.uint8]
-ALL_FEATURES = 0x3F
+ALL_FEATURES = 0x1BF
 
 
 class RefusedError(Exception):
@@ -49,6 +49,8 @@ class FakeArena:
         self.slots = np.zeros(len(data), np.int64)
         self.pinned = np.zeros(len(data), np.bool_)
         self.absent = np.zeros(len(data), np.bool_)
+        self.poisoned = np.zeros(len(data), np.bool_)
+        self.away: dict[int, bytes] = {}
         self.lock = 0
         self.store = -1
 
@@ -61,7 +63,8 @@ class FakeArena:
         return b"".join(self.page(page) for page in range(self.pages))
 
     def page(self, page: int) -> bytes:
-        """What the application sees in a page."""
+        """What the application sees in a page; it must not be away, nor poisoned."""
+        assert page not in self.away and not self.poisoned[page]
         slot = int(self.slots[page])
         if slot:
             return os.pread(self.store, wire.PAGE_SIZE, slot * wire.PAGE_SIZE)
@@ -86,6 +89,10 @@ class FakeArena:
         extents["slot"] = slots[starts]
         extents["count"] = np.diff(np.append(starts, pages.size))
         return extents
+
+    def away_records(self) -> npt.NDArray[np.void]:
+        """Which pages are away."""
+        return np.array(sorted(self.away.items()), wire.AWAY)
 
     def leave_store(self) -> None:
         """Restore everything and let go of the store."""
@@ -162,8 +169,15 @@ class FakeMergingAgent:
     ) -> None:
         """Announce an arena as it is, or with other extents or another descriptor."""
         runs = arena.extents() if extents is None else extents
-        size = arena.pages if pages is None else pages
-        wanted = wire.ArenaOpen(size, arena.lock, runs.size, arena.name, arena.domain)
+        away = arena.away_records()
+        wanted = wire.ArenaOpen(
+            pages=arena.pages if pages is None else pages,
+            lock=arena.lock,
+            extents=runs.size,
+            name=arena.name,
+            domain=arena.domain,
+            away=away.size,
+        )
         payload = wire.pack_arena_open(wanted, self._version)
         passed = arena.store if fd is None else fd
         asked = self.begin(
@@ -171,6 +185,9 @@ class FakeMergingAgent:
         )
         for low in range(0, runs.size, 2000):
             self.send(wire.Type.EXTENTS, arena.number, runs[low : low + 2000].tobytes())
+        for low in range(0, away.size, wire.AWAY_PAGES_MAX):
+            some = away[low : low + wire.AWAY_PAGES_MAX]
+            self.send(wire.Type.AWAY_PAGES, arena.number, some.tobytes())
         opened, fds = await asked
         (arena.lock,) = wire.unpack(wire.ARENA_OPENED, opened)
         if fds:
@@ -215,6 +232,18 @@ class FakeMergingAgent:
         answer, _ = await self.request(wire.Type.ACCOUNT, arena.number)
         shared, saved = wire.unpack(wire.ACCOUNTED, answer)
         return shared, saved
+
+    def fetch(self, arena: FakeArena, page: int, count: int = 1) -> None:
+        """Touch away pages: ask for them, with those after the first."""
+        self.send(wire.Type.FETCH, arena.number, wire.PAGE_RANGE.pack(page, count))
+
+    async def evict(
+        self, arena: FakeArena, page: int = 0, count: int | None = None
+    ) -> tuple[int, ...]:
+        """Have pages evicted, all if none are named; return the merger's counts."""
+        payload = wire.PAGE_RANGE.pack(page, arena.pages if count is None else count)
+        answer, _ = await self.request(wire.Type.EVICT_ARENA, arena.number, payload)
+        return wire.unpack(wire.EVICTED, answer)
 
     def write(self, arena: FakeArena, page: int, data: bytes, count: int = 1) -> None:
         """Write to the start of pages as the application does; shared ones are restored first."""
@@ -315,6 +344,8 @@ class FakeMergingAgent:
             self._done(order, 0)
         elif order.type is wire.Type.REPLACE:
             self._done(order, 0, self.lie(self.replace(arena, order)))
+        elif order.type in _AWAY_ORDERS:
+            self._done(order, 0, self.lie(self.obey_away(arena, order)))
         else:
             page, count = wire.unpack(wire.PAGE_RANGE, order)
             for number in range(page, page + count):
@@ -328,11 +359,73 @@ class FakeMergingAgent:
         assert self._window is not None
         assert pages == sorted(set(pages)) and pages[-1] < arena.pages
         assert len(pages) <= wire.READ_PAGES_MAX
+        absent = arena.absent[pages]
         for number, page in enumerate(pages):
             low = number * wire.PAGE_SIZE
-            self._window[low : low + wire.PAGE_SIZE] = arena.page(page)
-        absent = arena.absent[pages]
+            absent[number] |= page in arena.away
+            if not absent[number]:
+                self._window[low : low + wire.PAGE_SIZE] = arena.page(page)
         self._done(order, 0, np.where(absent, Outcome.ABSENT, 0).astype(np.uint8))
+
+    def obey_away(self, arena: FakeArena, order: wire.Message) -> Pages:
+        """Carry out an order about away pages; return its outcomes."""
+        if order.type is wire.Type.AWAY:
+            records = np.frombuffer(order.payload, wire.AWAY).tolist()
+            return np.array([self._away(arena, *record) for record in records], np.uint8)
+        pages, rest = self._pages(arena, order)
+        outcomes = []
+        for number, page in enumerate(pages):
+            data = self._window_page(number)
+            if order.type is wire.Type.EVICT:
+                digest = rest[number * 32 : (number + 1) * 32]
+                outcomes.append(self._evict_page(arena, page, data, digest))
+            elif arena.away.pop(page, None) is None:
+                outcomes.append(Outcome.BUSY)
+            else:
+                arena.data[page] = np.frombuffer(data, np.uint8)
+                arena.poisoned[page] = order.type is wire.Type.POISON
+                outcomes.append(Outcome.MERGED)
+        return np.array(outcomes, np.uint8)
+
+    def _pages(self, arena: FakeArena, order: wire.Message) -> tuple[list[int], bytes]:
+        """The pages that an order names in ranges, and what follows them in the payload."""
+        size, rest = len(order.payload), b""
+        if order.type is wire.Type.EVICT:
+            # As many digests follow as the ranges have pages.
+            for size in range(16, len(order.payload), 16):
+                total = sum(np.frombuffer(order.payload[:size], wire.RANGE)["count"].tolist())
+                if len(order.payload) - size == total * wire.DIGEST_BYTES:
+                    break
+            rest = order.payload[size:]
+        ranges = np.frombuffer(order.payload[:size], wire.RANGE).tolist()
+        pages = [page + at for page, count in ranges for at in range(count)]
+        assert pages == sorted(set(pages)) and pages[-1] < arena.pages
+        assert len(pages) <= wire.READ_PAGES_MAX or order.type is wire.Type.POISON
+        return pages, rest
+
+    def _window_page(self, number: int) -> bytes:
+        assert self._window is not None
+        low = number * wire.PAGE_SIZE % len(self._window)
+        return self._window[low : low + wire.PAGE_SIZE]
+
+    def _away(self, arena: FakeArena, page: int, digest: bytes) -> Outcome:
+        if not arena.absent[page]:
+            return Outcome.BUSY
+        arena.absent[page] = False
+        arena.away[page] = digest
+        return Outcome.MERGED
+
+    def _evict_page(self, arena: FakeArena, page: int, data: bytes, digest: bytes) -> Outcome:
+        if arena.absent[page] or page in arena.away:
+            return Outcome.ABSENT
+        if arena.pinned[page]:
+            return Outcome.PINNED
+        if arena.page(page) != data:
+            return Outcome.DIFFERS
+        arena.away[page] = digest
+        arena.slots[page] = 0
+        arena.data[page] = 0xEE
+        return Outcome.MERGED
 
     def replace(self, arena: FakeArena, order: wire.Message) -> Pages:
         """Carry out a REPLACE; return its outcomes."""
@@ -352,6 +445,10 @@ class FakeMergingAgent:
             return Outcome.ABSENT
         if arena.slots[page]:
             return Outcome.BUSY
+        if arena.away.pop(page, None) is not None:
+            assert slot
+            arena.slots[page] = slot
+            return Outcome.MERGED
         if arena.pinned[page]:
             return Outcome.PINNED
         wanted = bytes(wire.PAGE_SIZE)
@@ -373,7 +470,8 @@ class FakeMergingAgent:
         self.send(wire.Type.DONE, order.arena, payload, order.seq)
 
 
-_ORDERS = frozenset({wire.Type.READ, wire.Type.REPLACE, wire.Type.RESTORE, wire.Type.COUNT})
+_AWAY_ORDERS = frozenset({wire.Type.AWAY, wire.Type.EVICT, wire.Type.FILL, wire.Type.POISON})
+_ORDERS = _AWAY_ORDERS | {wire.Type.READ, wire.Type.REPLACE, wire.Type.RESTORE, wire.Type.COUNT}
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

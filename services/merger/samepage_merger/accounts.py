@@ -171,7 +171,7 @@ def by_process(arenas: Iterable[ArenaAccount]) -> list[ProcessAccount]:
 def _arena_account(share: Share, absent: int | None) -> ArenaAccount:
     arena = share.arena
     # A broken connection's arena may be announcing itself: what it mapped before is not counted.
-    others = arena.pages - share.shared
+    others = arena.pages - share.shared - arena.away.away
     known = absent is not None
     absent = min(absent or 0, others)
     return ArenaAccount(

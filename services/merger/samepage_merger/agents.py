@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from typing import Protocol
 
 import numpy as np
 import structlog
@@ -12,8 +14,9 @@ import structlog
 from samepage.daemon import secrets, wire
 from samepage.daemon.peers import Peer
 from samepage.errors import InvalidArgumentError
+from samepage_merger.cluster.away import digests_of
 from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session, State
-from samepage_merger.runs import Int64s, batches, expand, unique, within
+from samepage_merger.runs import Int64s, ascends, batches, expand, unique, within
 
 WINDOW_BYTES = wire.READ_PAGES_MAX * wire.PAGE_SIZE
 ARENA_PAGES_MAX = 2**36
@@ -22,16 +25,45 @@ ARENAS_PER_AGENT_MAX = 4096
 _BATCH_PAGES = 1 << 20
 _LONG_RANGE = 1 << 16
 
+#: Pages that an eviction let go since other hosts hold them, spilled, kept, found no room for.
+Evicted = tuple[int, int, int, int]
+
 log = structlog.get_logger(__name__)
 
 
-class _Announcement:
-    """How far the extents of an arena have come."""
+class AwayRequests(Protocol):
+    """What agents ask for about away pages. Called in the event loop, must not block."""
 
-    def __init__(self, extents: int, seq: int) -> None:
-        self.left = extents
+    def fetch(self, arena: Arena, pages: Int64s) -> None:
+        """Somebody waits for these away pages; they are in the order in which they are wanted."""
+
+    async def evict(self, arena: Arena, first: Int64s, count: Int64s) -> Evicted:
+        """Let ranges of pages leave the host; return how many pages other hosts hold, were spilled,
+        were kept, found no room.
+
+        Raises:
+            RefusedError: it cannot be done here.
+        """
+
+
+class _Announcement:
+    """How far the extents and the away pages of an arena have come.
+
+    Attributes:
+        fd: the store's descriptor that the answer passes on; -1 when the agent has it.
+    """
+
+    def __init__(self, wanted: wire.ArenaOpen, seq: int, fd: int = -1) -> None:
+        self.extents_left = wanted.extents
+        self.away_left = wanted.away
         self.seq = seq
+        self.fd = fd
         self.next_page = 0
+        self.next_away = 0
+
+    @property
+    def complete(self) -> bool:
+        return not (self.extents_left or self.away_left)
 
 
 class Agents:
@@ -40,11 +72,16 @@ class Agents:
     Args:
         domains: the books to keep.
         wake: called when an arena went to limbo.
+        requests: who answers what agents ask for about away pages; None where nobody does.
     """
 
-    def __init__(self, domains: Domains, wake: Callable[[], None]) -> None:
+    def __init__(
+        self, domains: Domains, wake: Callable[[], None], requests: AwayRequests | None = None
+    ) -> None:
         self._domains = domains
         self._wake = wake
+        self._requests = requests
+        self._evictions: set[asyncio.Task[None]] = set()
         self._sessions: dict[Peer, Session] = {}
         self._by_agent: dict[bytes, Session] = {}
         self._announcements: dict[Arena, _Announcement] = {}
@@ -56,6 +93,9 @@ class Agents:
             wire.Type.ARENA_OPEN: self._open,
             wire.Type.ARENA_CLOSE: self._close,
             wire.Type.EXTENTS: self._extents,
+            wire.Type.AWAY_PAGES: self._away_pages,
+            wire.Type.FETCH: self._fetch,
+            wire.Type.EVICT_ARENA: self._evict,
             wire.Type.RESTORED: self._restored,
             wire.Type.STALLS: self._stalled,
             wire.Type.ACCOUNT: self._account,
@@ -95,7 +135,7 @@ class Agents:
             return
         del self._by_agent[peer.agent]
         for arena in (*session.arenas.values(), *session.closing):
-            self._announcements.pop(arena, None)
+            self._forget_announcement(arena)
             arena.domain.disconnect(arena)
         self._wake()
 
@@ -134,6 +174,8 @@ class Agents:
                 raise RefusedError(errno.ESTALE, _STALE)
             else:
                 self._create(session, message, wanted, domain)
+            if (arena := session.arenas.get(message.arena)) is not None:
+                arena.left = wanted.left
         except MemoryError as error:
             raise RefusedError(errno.ENOMEM, f"{error}: ask for less") from error
         except OSError as error:
@@ -145,6 +187,8 @@ class Agents:
         if not 0 < wanted.pages <= ARENA_PAGES_MAX:
             text = f"an arena has 1 to {ARENA_PAGES_MAX} pages, not {wanted.pages}"
             raise RefusedError(errno.EINVAL, text)
+        if wanted.extents + wanted.away > wanted.pages:
+            raise wire.ProtocolError("ARENA_OPEN with more extents and away pages than pages")
         try:
             secrets.check_name(wanted.name)
             return self._domains.open(wanted.domain)
@@ -157,20 +201,21 @@ class Agents:
         peer = session.peer
         domain.claim(wanted.name, peer.agent)
         arena, fd = domain.create(peer.agent, message.arena, wanted.name, wanted.pages)
+        arena.session = session
+        session.arenas[message.arena] = arena
+        if wanted.away:
+            # Its store was another merger's: it comes with nothing but what is away.
+            arena.state = State.ANNOUNCING
+            self._announcements[arena] = _Announcement(wanted, message.seq, fd)
+            return
         try:
             _answer_opened(peer, message.seq, arena, [fd])
         except OSError:
+            del session.arenas[message.arena]
             domain.close(arena)
             raise
         finally:
             os.close(fd)
-        if peer.closed:
-            # Sending was what ended it, so that nobody is left to say so.
-            domain.disconnect(arena)
-            self._wake()
-            return
-        arena.session = session
-        session.arenas[message.arena] = arena
         log.debug("arena opened", domain=domain.name, name=arena.name, pages=arena.pages)
 
     def _announce(
@@ -193,7 +238,7 @@ class Agents:
         arena = domain.announce(old, agent, message.arena, wanted.name, wanted.lock, wanted.pages)
         arena.session = session
         session.arenas[message.arena] = arena
-        self._announcements[arena] = _Announcement(wanted.extents, message.seq)
+        self._announcements[arena] = _Announcement(wanted, message.seq)
         self._finish_if_complete(session, arena)
 
     def _extents(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
@@ -216,8 +261,8 @@ class Agents:
         ends = np.append(announcement.next_page, (page + count).astype(np.int64))
         if bool((starts < ends).any()):
             raise wire.ProtocolError("EXTENTS that overlap or do not ascend")
-        announcement.left -= extents.size
-        if announcement.left < 0:
+        announcement.extents_left -= extents.size
+        if announcement.extents_left < 0:
             raise wire.ProtocolError("more EXTENTS than announced")
         announcement.next_page = int(ends[-1])
         for run, offset, length in batches(count.astype(np.int64), _BATCH_PAGES):
@@ -228,13 +273,73 @@ class Agents:
             )
         self._finish_if_complete(session, arena)
 
+    def _away_pages(
+        self, session: Session, message: wire.Message, descriptors: Sequence[int]
+    ) -> None:
+        arena = session.arenas.get(message.arena)
+        if arena is None:
+            return
+        announcement = self._announcements.get(arena)
+        if announcement is None or announcement.extents_left:
+            raise wire.ProtocolError("AWAY_PAGES of an arena that does not announce them now")
+        records = wire.unpack_records(wire.AWAY, message)
+        pages = records["page"].astype(np.int64)
+        if bool((records["page"] >= arena.pages).any()):
+            raise wire.ProtocolError("AWAY_PAGES outside the arena")
+        if not ascends(np.append(announcement.next_away - 1, pages)):
+            raise wire.ProtocolError("AWAY_PAGES that do not ascend")
+        announcement.away_left -= records.size
+        if announcement.away_left < 0:
+            raise wire.ProtocolError("more AWAY_PAGES than announced")
+        if records.size:
+            announcement.next_away = int(pages[-1]) + 1
+            if bool(arena.map.slots(pages).any()):
+                raise wire.ProtocolError("AWAY_PAGES that map slots")
+            arena.away.add(pages, digests_of(records))
+        self._finish_if_complete(session, arena)
+
+    def _fetch(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        arena = session.arenas.get(message.arena)
+        if arena is None or self._requests is None:
+            return
+        self._requests.fetch(arena, arena.away.within(*_ranges(arena, message)))
+
+    def _evict(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        arena = session.arenas.get(message.arena)
+        if arena is None:
+            raise RefusedError(errno.ENOENT, _UNKNOWN)
+        if self._requests is None:
+            raise RefusedError(errno.EOPNOTSUPP, "this merger evicts nothing")
+        work = self._answer_eviction(
+            session, message, self._requests.evict(arena, *_ranges(arena, message))
+        )
+        task = asyncio.ensure_future(work)
+        self._evictions.add(task)
+        task.add_done_callback(self._evictions.discard)
+
+    async def _answer_eviction(
+        self, session: Session, request: wire.Message, work: Coroutine[object, object, Evicted]
+    ) -> None:
+        try:
+            payload = wire.EVICTED.pack(*await work)
+        except RefusedError as refused:
+            session.peer.refuse(request, *refused.args)
+        else:
+            session.peer.send(wire.Type.EVICTED, request.seq, request.arena, payload)
+
+    def _forget_announcement(self, arena: Arena) -> None:
+        announcement = self._announcements.pop(arena, None)
+        if announcement is not None and announcement.fd >= 0:
+            os.close(announcement.fd)
+
     def _finish_if_complete(self, session: Session, arena: Arena) -> None:
         announcement = self._announcements[arena]
-        if announcement.left:
+        if not announcement.complete:
             return
-        del self._announcements[arena]
         arena.domain.announced(arena)
-        _answer_opened(session.peer, announcement.seq, arena, [])
+        passed = [announcement.fd] if announcement.fd >= 0 else []
+        _answer_opened(session.peer, announcement.seq, arena, passed)
+        self._forget_announcement(arena)
         self._wake()
         log.debug("arena announced again", domain=arena.domain.name, name=arena.name)
 
@@ -257,25 +362,22 @@ class Agents:
     def _restored(
         self, session: Session, message: wire.Message, descriptors: Sequence[int]
     ) -> None:
-        ranges = wire.unpack_records(wire.RANGE, message)
         arena = session.arenas.get(message.arena)
         if arena is None:
             # It was refused, or closed: nothing of it is in the books.
             return
-        page, count = ranges["page"], ranges["count"]
-        if not within(page, count, arena.pages):
-            raise wire.ProtocolError("RESTORED outside the arena")
-        for pages in _mapped(arena, page.astype(np.int64), count.astype(np.int64)):
+        for pages in _mapped(arena, *_ranges(arena, message)):
             arena.domain.restore(arena, pages)
 
     def _account(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         arena = session.arenas.get(message.arena)
         if arena is None:
-            raise RefusedError(errno.ENOENT, "the merger does not know this arena: open it first")
+            raise RefusedError(errno.ENOENT, _UNKNOWN)
         payload = wire.ACCOUNTED.pack(arena.map.shared, arena.domain.books.saved_bytes(arena.map))
         session.peer.send(wire.Type.ACCOUNTED, message.seq, message.arena, payload)
 
 
+_UNKNOWN = "the merger does not know this arena: open it first"
 _STALE = (
     "these mappings are not of this merger's store: restore the pages from your own descriptor,"
     " and open the arena anew"
@@ -285,6 +387,18 @@ _STALE = (
 def _answer_opened(peer: Peer, seq: int, arena: Arena, descriptors: Sequence[int]) -> None:
     payload = wire.ARENA_OPENED.pack(arena.lock)
     peer.send(wire.Type.ARENA_OPENED, seq, arena.number, payload, descriptors)
+
+
+def _ranges(arena: Arena, message: wire.Message) -> tuple[Int64s, Int64s]:
+    """Return first and count of the ranges in a message.
+
+    Raises:
+        ProtocolError: one is empty, or not within the arena.
+    """
+    ranges = wire.unpack_records(wire.RANGE, message)
+    if not within(ranges["page"], ranges["count"], arena.pages):
+        raise wire.ProtocolError(f"{message.type.name} outside the arena")
+    return ranges["page"].astype(np.int64), ranges["count"].astype(np.int64)
 
 
 def _mapped(arena: Arena, page: Int64s, count: Int64s) -> Iterable[Int64s]:

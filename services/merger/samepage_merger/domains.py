@@ -6,6 +6,8 @@ Rules. The first is the project's: a slot that any living process may still map 
   orders in flight name stay until its lock is gone (then no process maps the store through that
   descriptor any more), or until it proves the lock and announces itself again.
 - An arena maps the store through the one descriptor that its lock is on.
+- The same holds for the digests that its orders to evict name: they are pinned until the outcome is
+  known, or the arena has announced which of its pages are away.
 - Slots from before this merger's start may be mapped by arenas that have not announced themselves
   yet. So however the books count, such a slot's memory is given back only when every lock that
   stands is one whose arena is known in full. The same goes for what is in the file but not in the
@@ -26,6 +28,7 @@ import structlog
 from samepage.daemon import secrets, wire
 from samepage.daemon.peers import Outcomes, Peer
 from samepage_merger.books import Books
+from samepage_merger.cluster.away import AwayMap, Digests, Pins
 from samepage_merger.locks import StoreLocks
 from samepage_merger.pagemap import PRIVATE, PageMap
 from samepage_merger.runs import Int64s
@@ -78,8 +81,11 @@ class Arena:
     Attributes:
         lock: the number of the lock on its store descriptor.
         previous: what it mapped before it began to announce itself again.
-        holds: of orders in flight on its connection.
-        stale_holds: of orders whose connection ended before the answer.
+        away: its pages whose bytes are not on this host.
+        previous_away: those that were away before it began to announce itself again.
+        left: the snapshot with which it was left to another host; zeros when it was not.
+        holds, pins: of orders in flight on its connection.
+        stale_holds, stale_pins: of orders whose connection ended before the answer.
         promoting: held while pages of it are given slots.
         restored: pages that became private again, ever.
     """
@@ -90,11 +96,16 @@ class Arena:
     name: str
     lock: int
     map: PageMap
+    away: AwayMap
     session: Session | None = None
     state: State = State.ANNOUNCING
     previous: list[PageMap] = field(default_factory=list)
+    previous_away: list[AwayMap] = field(default_factory=list)
+    left: bytes = bytes(16)
     holds: set[int] = field(default_factory=set)
     stale_holds: set[int] = field(default_factory=set)
+    pins: set[int] = field(default_factory=set)
+    stale_pins: set[int] = field(default_factory=set)
     promoting: asyncio.Lock = field(default_factory=asyncio.Lock)
     restored: int = 0
 
@@ -109,6 +120,7 @@ class Domain:
 
     Attributes:
         name: empty when only its store is known, from before this merger's start.
+        pins: digests that are kept besides those of away pages.
         merged, restored: pages since start.
     """
 
@@ -117,6 +129,7 @@ class Domain:
         self.store = store
         self.locks = StoreLocks(store)
         self.books = Books()
+        self.pins = Pins()
         self.arenas: set[Arena] = set()
         self.names: dict[str, Arena] = {}
         self.merged = 0
@@ -154,6 +167,7 @@ class Domain:
             MemoryError: there is no address space for its books.
             OSError: the store cannot be opened.
         """
+        away = AwayMap(pages)
         page_map = self.books.open(pages)
         try:
             lock, fd = self.locks.issue()
@@ -161,7 +175,7 @@ class Domain:
             self.books.close(page_map)
             raise
         self._known_locks.add(lock)
-        arena = Arena(self, agent, number, name, lock, page_map, state=State.OPEN)
+        arena = Arena(self, agent, number, name, lock, page_map, away, state=State.OPEN)
         self.arenas.add(arena)
         self.names[name] = arena
         return arena, fd
@@ -181,13 +195,16 @@ class Domain:
         Raises:
             MemoryError: there is no address space for its books.
         """
+        away = AwayMap(pages)
         page_map = self.books.open(pages)
         if arena is None:
-            arena = Arena(self, agent, number, name, lock, page_map)
+            arena = Arena(self, agent, number, name, lock, page_map, away)
             self.arenas.add(arena)
         else:
             arena.previous.append(arena.map)
+            arena.previous_away.append(arena.away)
             arena.map = page_map
+            arena.away = away
             arena.number = number
             if self.names.get(arena.name) is arena:
                 del self.names[arena.name]
@@ -201,7 +218,8 @@ class Domain:
         for page_map in arena.previous:
             self.free(self.books.close(page_map))
         arena.previous.clear()
-        self._release_all(arena.stale_holds)
+        arena.previous_away.clear()
+        self._release_stale(arena)
         self._known_locks.add(arena.lock)
         arena.state = State.OPEN
 
@@ -227,6 +245,18 @@ class Domain:
         if arena.state is State.CLOSED and not arena.holds and arena.session is not None:
             arena.session.closing.discard(arena)
 
+    def pin(self, arena: Arena, digests: Digests) -> int:
+        """Keep digests that an order to this arena names; return the pin."""
+        pin = self.pins.keep(digests)
+        arena.pins.add(pin)
+        return pin
+
+    def unpin(self, arena: Arena, pin: int) -> None:
+        """End the pin of an order that was answered."""
+        arena.pins.discard(pin)
+        arena.stale_pins.discard(pin)
+        self.pins.release(pin)
+
     def replaced(self, arena: Arena, pages: Int64s, slots: Int64s, outcomes: Outcomes) -> None:
         """Apply an order's outcomes."""
         done = outcomes == wire.Outcome.MERGED
@@ -236,6 +266,20 @@ class Domain:
             pages, slots = pages[done], slots[done]
         if arena.state is not State.CLOSED:
             self.free(self.books.map(arena.map, pages, slots))
+            arena.away.remove(pages)
+
+    def evicted(self, arena: Arena, pages: Int64s, digests: Digests, outcomes: Outcomes) -> None:
+        """Apply the outcomes of an order to evict: what is away maps no slot any more."""
+        done = outcomes == wire.Outcome.MERGED
+        if arena.state is not State.CLOSED:
+            self.free(self.books.unmap(arena.map, pages[done]))
+            arena.away.add(pages[done], digests[done])
+
+    def no_longer_away(self, arena: Arena, pages: Int64s) -> None:
+        """Apply the outcomes of an order to fill or poison: what was not away before is not either
+        way."""
+        if arena.state is not State.CLOSED:
+            arena.away.remove(pages)
 
     def restore(self, arena: Arena, pages: Int64s) -> None:
         """Pages (each named once) map no slot any more; those that mapped none are ignored."""
@@ -247,6 +291,10 @@ class Domain:
     def close(self, arena: Arena) -> None:
         """The arena maps no slot any more; orders in flight keep their holds."""
         self._drop_maps(arena)
+        arena.away.clear()
+        arena.previous_away.clear()
+        for pin in (*arena.pins, *arena.stale_pins):
+            self.unpin(arena, pin)
         arena.state = State.CLOSED
         self.arenas.discard(arena)
         if self.names.get(arena.name) is arena:
@@ -258,12 +306,23 @@ class Domain:
         arena.state = State.LIMBO
         arena.stale_holds |= arena.holds
         arena.holds.clear()
+        arena.stale_pins |= arena.pins
+        arena.pins.clear()
         self.arenas.add(arena)
 
     def forget(self, arena: Arena) -> None:
         """The arena's lock is gone, and with it every mapping of its process."""
-        self._release_all(arena.stale_holds)
+        self._release_stale(arena)
         self.close(arena)
+
+    def needed(self) -> Digests:
+        """Return the digests that somebody of this host needs from elsewhere, in no order."""
+        maps = [away for arena in self.arenas for away in (arena.away, *arena.previous_away)]
+        return np.concatenate([self.pins.all(), *(away.digests(away.all()) for away in maps)])
+
+    def knows_all(self) -> bool:
+        """Return whether no living process has an arena here that has yet to announce itself."""
+        return not self.locks.live() - self._known_locks
 
     def settle(self) -> bool:
         """Free what no living process can map any more; return whether nothing is left waiting."""
@@ -293,9 +352,11 @@ class Domain:
             self.free(self.books.close(page_map))
         arena.previous.clear()
 
-    def _release_all(self, holds: set[int]) -> None:
-        while holds:
-            self.free(self.books.release(holds.pop()))
+    def _release_stale(self, arena: Arena) -> None:
+        while arena.stale_holds:
+            self.free(self.books.release(arena.stale_holds.pop()))
+        while arena.stale_pins:
+            self.pins.release(arena.stale_pins.pop())
 
 
 class Domains:

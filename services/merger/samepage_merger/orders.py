@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from samepage.daemon import wire
 from samepage.daemon.peers import Apply, OrderRefusedError, Outcomes, PeerGoneError
 from samepage.daemon.wire import Outcome
+from samepage_merger.cluster.away import Digests
 from samepage_merger.domains import Arena, State
 from samepage_merger.runs import Int64s, join, join_extents
 
@@ -33,6 +35,9 @@ _RESTORE_PAGES = 4096
 #: Gets a part of what was read: where in the pages asked for it begins, what became of each, and
 #: their bytes, which are another's when it returns.
 Keep = Callable[[int, Outcomes, memoryview], None]
+
+
+Bytes = bytes | bytearray | memoryview
 
 
 class _FailedError(Exception):
@@ -61,8 +66,7 @@ class Orders:
             return outcomes
         async with session.reading:
             for low, high in _read_parts(pages):
-                first, count = join(pages[low:high])
-                payload = np.stack((first, count), axis=1).astype("<u8").tobytes()
+                payload = _ranges(pages[low:high])
                 try:
                     read = await self._send(arena, wire.Type.READ, payload, high - low)
                 except _FailedError as failed:
@@ -103,6 +107,20 @@ class Orders:
             arena.domain.free(books.release(guard))
         return np.concatenate(outcomes) if outcomes else np.empty(0, np.uint8)
 
+    async def evict(self, arena: Arena, pages: Int64s, data: Bytes, digests: Digests) -> Outcomes:
+        """Let at most EVICT_PAGES_MAX pages (ascending, each once) that still hold these bytes go
+        away; MERGED where they did. Their digests are pinned until that is known."""
+        return await self._send_data(arena, wire.Type.EVICT, pages, data, digests)
+
+    async def fill(self, arena: Arena, pages: Int64s, data: Bytes) -> Outcomes:
+        """Give at most READ_PAGES_MAX away pages (ascending, each once) their bytes; BUSY where one
+        was not away, or the agent did not answer."""
+        return await self._send_data(arena, wire.Type.FILL, pages, data)
+
+    async def poison(self, arena: Arena, pages: Int64s) -> Outcomes:
+        """Let whoever touches these away pages (ascending, each once) get an error."""
+        return await self._send_data(arena, wire.Type.POISON, pages, b"")
+
     async def restore(self, arena: Arena, pages: Int64s) -> Outcomes:
         """Let pages (ascending, each once) be private again; MERGED where the agent did it."""
         first, count = join(pages)
@@ -131,6 +149,34 @@ class Orders:
                 return None
             return int.from_bytes(session.peer.window[: wire.COUNTED_BYTES], "little")
 
+    async def _send_data(
+        self,
+        arena: Arena,
+        kind: wire.Type,
+        pages: Int64s,
+        data: Bytes,
+        digests: Digests | None = None,
+    ) -> Outcomes:
+        """Send an order of version 3: EVICT, with digests, or one that ends pages' being away."""
+        session = arena.session
+        if session is None:
+            return np.full(pages.size, GONE, np.uint8)
+        if session.peer.version < wire.SINCE[kind]:
+            return np.full(pages.size, Outcome.UNSUPPORTED, np.uint8)
+        async with session.reading:
+            payload = _ranges(pages)
+            apply: Apply = functools.partial(_no_longer_away, arena, pages)
+            undone = None
+            if digests is not None:
+                payload += digests.tobytes()
+                apply, undone = _pinned(arena, pages, digests)
+            try:
+                return await self._send(
+                    arena, kind, payload, pages.size, data=data, apply=apply, undone=undone
+                )
+            except _FailedError as failed:
+                return np.full(pages.size, failed.args[0], np.uint8)
+
     async def _replace_part(
         self, arena: Arena, pages: Int64s, slots: Int64s, extents: npt.NDArray[np.void]
     ) -> Outcomes:
@@ -138,15 +184,15 @@ class Orders:
             return np.full(pages.size, GONE, np.uint8)
         payload = wire.REPLACE.pack(extents.size, 0) + extents.tobytes()
         domain = arena.domain
-        hold = domain.hold(arena, slots)
+        release = functools.partial(domain.release, arena, domain.hold(arena, slots))
 
         def apply(outcomes: Outcomes) -> None:
             domain.replaced(arena, pages, slots, outcomes)
-            domain.release(arena, hold)
+            release()
 
         try:
             return await self._send(
-                arena, wire.Type.REPLACE, payload, pages.size, apply=apply, hold=hold
+                arena, wire.Type.REPLACE, payload, pages.size, apply=apply, undone=release
             )
         except _FailedError as failed:
             return np.full(pages.size, failed.args[0], np.uint8)
@@ -165,36 +211,47 @@ class Orders:
         payload: bytes,
         outcomes: int,
         *,
+        data: Bytes = b"",
         apply: Apply | None = None,
-        hold: int | None = None,
+        undone: Callable[[], None] | None = None,
     ) -> Outcomes:
-        """Send an order and wait for its outcomes; the hold ends with its answer.
+        """Send an order and wait for its outcomes.
+
+        Args:
+            data: what the agent shall find in the window, which the caller holds. Nobody writes
+                there before this is answered: an order that nobody waits for counts as overdue.
+            undone: called when the agent has not done it, and will not. When the connection ends
+                first nobody knows: then neither this nor `apply` is.
 
         Raises:
             _FailedError: there are none.
         """
         session = arena.session
         if session is None or arena.state is not State.OPEN:
+            _call(undone)
             raise _FailedError(GONE)
         if session.overdue:
-            if hold is not None:
-                arena.domain.release(arena, hold)
+            _call(undone)
             raise _FailedError(Outcome.BUSY)
 
         def answered(answer: asyncio.Future[Outcomes]) -> None:
-            refused = isinstance(answer.exception(), OrderRefusedError)
-            if refused and hold is not None:
-                arena.domain.release(arena, hold)
+            if isinstance(answer.exception(), OrderRefusedError):
+                _call(undone)
 
+        session.peer.window[: len(data)] = data
         try:
             answer = session.peer.give(kind, arena.number, payload, outcomes=outcomes, apply=apply)
         except PeerGoneError as error:
+            _call(undone)
             raise _FailedError(GONE) from error
         answer.add_done_callback(answered)
-        await asyncio.wait({answer}, timeout=self._timeout)
+        try:
+            await asyncio.wait({answer}, timeout=self._timeout)
+        finally:
+            if not answer.done():
+                session.overdue += 1
+                answer.add_done_callback(lambda _: session.caught_up())
         if not answer.done():
-            session.overdue += 1
-            answer.add_done_callback(lambda _: session.caught_up())
             raise _FailedError(Outcome.BUSY)
         try:
             return answer.result()
@@ -210,6 +267,33 @@ _OUTCOME_OF_ERRNO = {
     errno.ENOSYS: Outcome.UNSUPPORTED,
     errno.EOPNOTSUPP: Outcome.UNSUPPORTED,
 }
+
+
+def _call(undone: Callable[[], None] | None) -> None:
+    if undone is not None:
+        undone()
+
+
+def _no_longer_away(arena: Arena, pages: Int64s, outcomes: Outcomes) -> None:
+    arena.domain.no_longer_away(arena, pages)
+
+
+def _pinned(arena: Arena, pages: Int64s, digests: Digests) -> tuple[Apply, Callable[[], None]]:
+    """Pin the digests of an order to evict; return what to call with its outcomes, and what to call
+    when it comes to nothing."""
+    domain = arena.domain
+    unpin = functools.partial(domain.unpin, arena, domain.pin(arena, digests))
+
+    def apply(outcomes: Outcomes) -> None:
+        domain.evicted(arena, pages, digests, outcomes)
+        unpin()
+
+    return apply, unpin
+
+
+def _ranges(pages: Int64s) -> bytes:
+    """Return ascending pages as ranges, as READ has them."""
+    return np.stack(join(pages), axis=1).astype("<u8").tobytes()
 
 
 def _read_parts(pages: Int64s) -> Iterator[tuple[int, int]]:

@@ -1,0 +1,1 @@
+"""Pages between hosts (docs/cluster.md)."""
