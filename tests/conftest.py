@@ -8,6 +8,10 @@ from collections.abc import Generator
 import needs
 import pytest
 
+# gRPC starts threads in a forked child, which die noisily when it closes its descriptors to exec:
+# no child of the tests uses the gRPC of its parent.
+os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
+
 STRICT = os.environ.get("SAMEPAGE_NO_SKIPS", "") not in ("", "0")
 
 

@@ -11,6 +11,7 @@ SamepageError
 ├── UnsupportedKernelError              see `samepage doctor`
 ├── PinnedError                         I/O is in flight: let it finish, then try again
 ├── SealedError                         the arena can only be read
+├── PermissionDeniedError (PermissionError)   it is not for this process: ask the operator
 ├── ClosedError (ValueError)            the arena or node is closed
 ├── ForkedError                         connect anew in the child
 └── NotFoundError (LookupError)         no arena of that name
@@ -61,6 +62,10 @@ class PinnedError(SamepageError):
 
 class SealedError(SamepageError):
     """The arena was sealed: it can only be read from then on."""
+
+
+class PermissionDeniedError(SamepageError, PermissionError):
+    """Who this process is does not allow it: the text says what is, or ask the operator."""
 
 
 class ClosedError(SamepageError, ValueError):

@@ -27,6 +27,7 @@ STATUS_ERRORS = {
     grpc.StatusCode.DEADLINE_EXCEEDED: errors.ServiceUnavailableError,
     grpc.StatusCode.CANCELLED: errors.ServiceUnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: errors.OutOfMemoryError,
+    grpc.StatusCode.PERMISSION_DENIED: errors.PermissionDeniedError,
     grpc.StatusCode.UNIMPLEMENTED: errors.ProtocolVersionError,
 }
 
@@ -59,14 +60,17 @@ def _not_permitted(path: Path) -> errors.SamepageError:
 
 
 @contextmanager
-def channel(address: str) -> Iterator[grpc.Channel]:
+def channel(address: str, role: str = "") -> Iterator[grpc.Channel]:
     """Open a channel, and close it. A call's errors inside become samepage's.
+
+    A daemon beyond a unix socket must have the `role` (docs/tls.md) when SAMEPAGE_TLS_CERT_FILE,
+    SAMEPAGE_TLS_KEY_FILE and SAMEPAGE_TLS_CA_FILE say the caller's certificate.
 
     Raises:
         SamepageError: of the kind in STATUS_ERRORS, with the daemon's own words.
     """
     try:
-        with grpc.insecure_channel(address, _OPTIONS) as opened:
+        with _open(address, role) as opened:
             yield opened
     except grpc.RpcError as error:
         raise _translate(error, address) from error
@@ -74,6 +78,21 @@ def channel(address: str) -> Iterator[grpc.Channel]:
 
 # Local sockets and loopback addresses: a proxy of the environment has no business here.
 _OPTIONS = [("grpc.enable_http_proxy", 0), ("grpc.max_receive_message_length", 64 * 2**20)]
+
+
+def _open(address: str, role: str) -> grpc.Channel:
+    names = [f"SAMEPAGE_TLS_{file}_FILE" for file in ("CA", "KEY", "CERT")]
+    files = [os.environ.get(name, "") for name in names]
+    if address.startswith("unix:") or not any(files):
+        return grpc.insecure_channel(address, _OPTIONS)
+    try:
+        credentials = grpc.ssl_channel_credentials(*(Path(file).read_bytes() for file in files))
+    except OSError as error:
+        raise errors.InvalidArgumentError(
+            f"cannot read {error.filename} ({error.strerror}): {', '.join(names)} go together"
+        ) from error
+    options = [*_OPTIONS, ("grpc.ssl_target_name_override", f"{role}.samepage")]
+    return grpc.secure_channel(address, credentials, options)
 
 
 def _translate(error: grpc.RpcError, address: str) -> errors.SamepageError:

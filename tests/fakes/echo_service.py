@@ -12,6 +12,7 @@ from prometheus_client.core import Metric
 
 from samepage.daemon.metrics import gauge
 from samepage.daemon.server import Health
+from samepage.daemon.tls import TlsFiles
 
 
 class Echo:
@@ -20,6 +21,8 @@ class Echo:
     name = "echo"
     drain_seconds = 5.0
     reflection = False
+    tls_files: TlsFiles | None = None
+    health_listen = ""
 
     def __init__(self, listen: Sequence[str], ready_file: Path, metrics_listen: str = "") -> None:
         self.listen = listen

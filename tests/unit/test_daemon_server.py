@@ -19,8 +19,9 @@ from fakes.echo_service import Echo
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from samepage.daemon.addresses import check_listen
 from samepage.daemon.config import ConfigError
-from samepage.daemon.server import ListenError, check_listen, run
+from samepage.daemon.server import ListenError, run
 from samepage.errors import SamepageError
 
 SERVING = health_pb2.HealthCheckResponse.SERVING

@@ -8,7 +8,7 @@ from pathlib import Path
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
-from samepage.daemon.server import check_listen
+from samepage.daemon.tls import NetworkSettings
 
 SECTION = "index"
 LEASE_SECONDS_MIN = 0.1
@@ -16,7 +16,7 @@ LEASE_SECONDS_MAX = 3600.0
 
 
 @dataclass(frozen=True)
-class IndexConfig:
+class IndexConfig(NetworkSettings):
     """See the help of each setting, or deploy/config/index.toml."""
 
     listen: str = setting(
@@ -76,8 +76,7 @@ class IndexConfig:
     reflection: bool = setting(False, "Whether to offer gRPC's server reflection.")
 
     def __post_init__(self) -> None:
-        for address in self.addresses:
-            check_listen(address)
+        self.check_network(self.addresses)
         check_metrics_listen(self.metrics_listen)
         check_level(self.log_level)
         require(

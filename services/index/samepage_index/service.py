@@ -11,6 +11,7 @@ import structlog
 from prometheus_client.core import Metric
 
 from samepage.daemon.server import Health
+from samepage.daemon.tls import TlsFiles
 from samepage.v1 import index_pb2, index_pb2_grpc
 from samepage_index.config import SECTION, IndexConfig
 from samepage_index.embedded import EmbeddedServer
@@ -67,6 +68,14 @@ class IndexService:
     @property
     def metrics_listen(self) -> str:
         return self._config.metrics_listen
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        return self._config.tls_files
+
+    @property
+    def health_listen(self) -> str:
+        return self._config.health_listen
 
     @property
     def embedded_pid(self) -> int:

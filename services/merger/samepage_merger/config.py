@@ -10,7 +10,7 @@ from pathlib import Path
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
-from samepage.daemon.server import check_listen
+from samepage.daemon.tls import NetworkSettings
 
 SECTION = "merger"
 
@@ -18,7 +18,7 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(NetworkSettings):
     """Settings of one merger. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -85,7 +85,7 @@ class Config:
             bool(_NODE.fullmatch(self.node_name)),
             f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
         )
-        check_listen(self.listen)
+        self.check_network([self.listen])
         require(self.store_limit_bytes >= 0, "store_limit_bytes must be 0 or more")
         require(
             0 <= self.headroom_percent <= 100,

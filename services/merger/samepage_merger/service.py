@@ -15,11 +15,12 @@ import grpc
 import structlog
 from prometheus_client.core import Metric
 
+from samepage.daemon.addresses import UNIX
 from samepage.daemon.config import ConfigError
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
-from samepage.daemon.server import UNIX, Health
+from samepage.daemon.server import Health
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 from samepage_merger import metrics
 from samepage_merger.accounts import Accountant
@@ -61,6 +62,8 @@ class MergerService:
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
         self.metrics_listen = config.metrics_listen
+        self.tls_files = config.tls_files
+        self.health_listen = config.health_listen
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicer; `start` comes first."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
-from samepage.daemon.server import check_listen
+from samepage.daemon.tls import NetworkSettings
 from samepage_scanner.attention import REST_MAX
 
 SECTION = "scanner"
@@ -24,7 +24,7 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(NetworkSettings):
     """Settings of one scanner. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -117,7 +117,7 @@ class Config:
             bool(_NODE.fullmatch(self.node_name)),
             f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
         )
-        check_listen(self.listen)
+        self.check_network([self.listen], [self.merger, self.index])
         for name in ("answer_seconds", "merger_seconds"):
             require(getattr(self, name) > 0, f"{name} must be more than 0")
         self._check_policy()

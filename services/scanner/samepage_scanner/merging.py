@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import grpc
@@ -10,6 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import structlog
 
+from samepage.daemon.roles import Role
+from samepage.daemon.tls import Channels, Tls
 from samepage.daemon.wire import Outcome
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 from samepage_scanner.books import Arena
@@ -77,33 +80,50 @@ class MergerClient:
         target: gRPC target.
         progress_seconds: how long the merger may be silent during a request.
         changed: told whether the merger is there, whenever that changes.
+        tls: for a merger that is not at a unix socket; None: without.
     """
 
     def __init__(
-        self, target: str, progress_seconds: float, changed: Callable[[bool], None]
+        self,
+        target: str,
+        progress_seconds: float,
+        changed: Callable[[bool], None],
+        tls: Tls | None = None,
     ) -> None:
         self._target = target
         self._progress_seconds = progress_seconds
         self._changed = changed
-        self._channel = grpc.aio.insecure_channel(target, options=_OPTIONS)
-        self._stub = merger_pb2_grpc.MergerStub(self._channel)
+        self._channels = Channels(Role.MERGER, tls, _OPTIONS)
         self.connected = False
         self.connections = 0
 
     async def watch(self) -> None:
         """Keep connected, and keep `connected` true to the facts, until cancelled."""
         while True:
-            state = self._channel.get_state(try_to_connect=True)
+            channel = self._channel
+            state = channel.get_state(try_to_connect=True)
             connected = state is grpc.ChannelConnectivity.READY
             if connected != self.connected:
                 self.connected = connected
                 self.connections += connected
                 self._changed(connected)
-            await self._channel.wait_for_state_change(state)
+            # A channel that fails stays in that state until it is connected; meanwhile its
+            # certificates may have become old.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if connected else _READY_SECONDS):
+                    await channel.wait_for_state_change(state)
 
     async def close(self) -> None:
         """Let go of the connection."""
-        await self._channel.close()
+        await self._channels.close()
+
+    @property
+    def _channel(self) -> grpc.aio.Channel:
+        return self._channels.get(self._target)
+
+    @property
+    def _stub(self) -> merger_pb2_grpc.MergerAsyncStub:
+        return merger_pb2_grpc.MergerStub(self._channel)
 
     async def ready(self) -> None:
         """Wait for a connection, but not for long.

@@ -21,6 +21,8 @@ import numpy as np
 import structlog
 
 from samepage.daemon.policies import Policies
+from samepage.daemon.roles import Role
+from samepage.daemon.tls import Tls, open_channel
 from samepage.v1 import index_pb2, index_pb2_grpc
 from samepage_scanner import deltas
 from samepage_scanner import fingerprints as fp
@@ -55,6 +57,7 @@ class Publisher:
         merger_address: where other hosts reach this one's merger.
         policies: say which fingerprints the index gets.
         changed: told whether the index is there, whenever that changes.
+        tls: for the connections; None: without.
     """
 
     def __init__(
@@ -65,8 +68,10 @@ class Publisher:
         merger_address: str,
         policies: Policies[Config],
         changed: Callable[[bool], None],
+        tls: Tls | None,
     ) -> None:
         self._books = books
+        self._tls = tls
         self._target = target
         self._policies = policies
         self._changed = changed
@@ -114,7 +119,7 @@ class Publisher:
         for arena in arenas:
             by_domain.setdefault(arena.domain.name, []).append(arena)
         try:
-            async with grpc.aio.insecure_channel(self._target, options=_OPTIONS) as channel:
+            async with self._channel() as channel:
                 stub = index_pb2_grpc.IndexStub(channel)
                 for some in by_domain.values():
                     async for part in _distinct(some):
@@ -144,9 +149,12 @@ class Publisher:
                     held[host.name] += int(count)
         return held
 
+    def _channel(self) -> grpc.aio.Channel:
+        return open_channel(self._target, Role.INDEX, self._tls, _OPTIONS)
+
     async def _session(self) -> None:
         """One connection, for as long as it holds."""
-        async with grpc.aio.insecure_channel(self._target) as channel:
+        async with self._channel() as channel:
             stream = index_pb2_grpc.IndexStub(channel).Publish()
             with contextlib.closing(_Cancelling(stream)):
                 lease_seconds = await self._introduce(stream)

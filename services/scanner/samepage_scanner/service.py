@@ -15,6 +15,7 @@ from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import Health
+from samepage.daemon.tls import Tls
 from samepage.v1 import scanner_pb2_grpc
 from samepage_scanner import metrics
 from samepage_scanner.books import Books
@@ -35,7 +36,7 @@ class ScannerService:
     """See samepage.daemon.server.Service. Build it inside the event loop.
 
     Raises:
-        ConfigError: the secret cannot be read.
+        ConfigError: the secret or a certificate cannot be read.
     """
 
     name = "scanner"
@@ -49,9 +50,12 @@ class ScannerService:
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
         self.metrics_listen = config.metrics_listen
+        self.tls_files = config.tls_files
+        self.health_listen = config.health_listen
+        self._tls = Tls.of(config.tls_files)
         self.books = Books(read_secret(config.secret_file), config.pages_max)
         self.merger = MergerClient(
-            config.merger_target, config.merger_seconds, self._merger_changed
+            config.merger_target, config.merger_seconds, self._merger_changed, self._tls
         )
         self.publisher = self._make_publisher() if config.index else None
         self.passes = Passes(self.policies, self.books, self.merger, self._passed)
@@ -115,6 +119,7 @@ class ScannerService:
             self._config.merger_address,
             self.policies,
             self._index_changed,
+            self._tls,
         )
 
     def _begin(self, name: str, loop: Coroutine[None, None, None]) -> None:

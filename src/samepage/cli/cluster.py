@@ -213,6 +213,7 @@ class LocalCluster:
     def _index_child(self) -> Child:
         ready = self._directory / "index.ready"
         env = {
+            "SAMEPAGE_INDEX_INSECURE": self._insecure,
             "SAMEPAGE_INDEX_LISTEN": self._listen(_INDEX),
             "SAMEPAGE_INDEX_METRICS_LISTEN": self._listen(_INDEX),
             "SAMEPAGE_INDEX_READY_FILE": str(ready),
@@ -227,6 +228,11 @@ class LocalCluster:
     def _listen(self, host: str) -> str:
         address = _LOOPBACK if self._network is None else self._network.address(host)
         return f"{address}:0"
+
+    @property
+    def _insecure(self) -> str:
+        # The bridge between the namespaces is this cluster's own.
+        return str(self._network is not None).lower()
 
     def _prefix(self, host: str) -> tuple[str, ...]:
         return () if self._network is None else tuple(self._network.command(host))
@@ -255,6 +261,7 @@ class LocalCluster:
         settings = {
             "NODE": host,
             "DIR": str(directory),
+            "INSECURE": self._insecure,
             "LISTEN": self._listen(host),
             "METRICS_LISTEN": self._listen(host),
             "READY_FILE": str(ready),

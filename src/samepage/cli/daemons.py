@@ -233,7 +233,7 @@ def index_stats(address: str) -> IndexStats:
     Raises:
         ServiceUnavailableError: it, or its Redis, is away.
     """
-    with rpc.channel(address) as channel:
+    with rpc.channel(address, "index") as channel:
         answer = index_pb2_grpc.IndexStub(channel).GetIndexStats(
             index_pb2.GetIndexStatsRequest(), timeout=rpc.TIMEOUT_SECONDS
         )

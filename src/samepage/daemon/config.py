@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import json
 import os
 import re
@@ -100,7 +101,7 @@ def load(
 def sample(cls: type[DataclassInstance], section: str) -> str:
     """A TOML file with every setting of `cls` at its default, commented out."""
     lines = [f"[{section}]"]
-    for field in dataclasses.fields(cls):
+    for field in _own_first(cls):
         lines += ["", *(f"# {line}" for line in textwrap.wrap(field.metadata["help"], 98))]
         lines.append(f"# Environment: SAMEPAGE_{section.upper()}_{field.name.upper()}")
         lines.append(f"#{field.name} = {_toml(field.default)}")
@@ -110,11 +111,17 @@ def sample(cls: type[DataclassInstance], section: str) -> str:
 def render(config: DataclassInstance, section: str) -> str:
     """The settings in force as TOML, secrets hidden."""
     lines = [f"[{section}]"]
-    for field in dataclasses.fields(config):
+    for field in _own_first(type(config)):
         value = getattr(config, field.name)
         hidden = field.metadata["secret"] and value
         lines.append(f"{field.name} = {_toml('(hidden)' if hidden else value)}")
     return "\n".join(lines) + "\n"
+
+
+def _own_first(cls: type[DataclassInstance]) -> list[dataclasses.Field[Any]]:
+    """The settings, with those of base classes last."""
+    own = inspect.get_annotations(cls)
+    return sorted(dataclasses.fields(cls), key=lambda field: field.name not in own)
 
 
 def _read_table(path: Path, section: str) -> dict[str, Any]:

@@ -23,11 +23,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client.core import Metric
 
+from samepage.daemon.addresses import UNIX, check_listen
 from samepage.daemon.config import ConfigError
 from samepage.daemon.metrics import MetricsServer, common
+from samepage.daemon.roles import RoleGuard
+from samepage.daemon.tls import Tls, TlsFiles
 from samepage.errors import SamepageError
 
-UNIX = "unix:"
 _MESSAGE_BYTES_MAX = 16 << 20
 _OPTIONS = (
     # Without this two servers on one port would share its connections silently.
@@ -147,11 +149,20 @@ class Service(Protocol):
 
     @property
     def ready_file(self) -> Path | None:
-        """Gets `{"address": ..., "addresses": [...], "metrics": ..., "pid": ...}` when serving."""
+        """Gets `{"address": ..., "addresses": [...], "metrics": ..., "health": ..., "pid": ...}`
+        when serving."""
 
     @property
     def metrics_listen(self) -> str:
         """Where metrics are served over HTTP, "127.0.0.1:0" (0: any free port). Empty: nowhere."""
+
+    @property
+    def tls_files(self) -> TlsFiles | None:
+        """Mutual TLS on all addresses but unix sockets; None for none."""
+
+    @property
+    def health_listen(self) -> str:
+        """Where health alone is served, without TLS, "127.0.0.1:0". Empty: nowhere."""
 
     @property
     def reflection(self) -> bool:
@@ -223,13 +234,18 @@ async def _unless_stopped(start: Any, stop: _Stop) -> bool:
 
 
 async def _serve(service: Service, stop: _Stop) -> None:
-    server = grpc.aio.server(options=_OPTIONS)
+    tls = Tls.of(service.tls_files)
+    guards = [RoleGuard()] if tls is not None else []
+    server = grpc.aio.server(options=_OPTIONS, interceptors=guards)
     service.register(server)
     health_pb2_grpc.add_HealthServicer_to_server(service.health, server)
     if service.reflection:
         names = (*service.health.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, server)
-    addresses = [listen_on(server, address) for address in service.listen]
+    addresses = [listen_on(server, address, tls) for address in service.listen]
+    probed = grpc.aio.server(options=_OPTIONS)
+    health_pb2_grpc.add_HealthServicer_to_server(service.health, probed)
+    health = listen_on(probed, service.health_listen) if service.health_listen else ""
 
     async def collect() -> Iterable[Metric]:
         return [*common(service.name, service.health.serving), *await service.metrics()]
@@ -237,14 +253,23 @@ async def _serve(service: Service, stop: _Stop) -> None:
     exporter = MetricsServer(collect)
     metrics = await _export(exporter, service.metrics_listen)
     await server.start()
+    await probed.start()
     try:
         service.health.started()
         if service.ready_file is not None:
-            write_ready_file(service.ready_file, addresses, metrics)
-        log.info("serving", addresses=addresses, metrics=metrics, pid=os.getpid())
+            write_ready_file(service.ready_file, addresses, metrics, health)
+        log.info(
+            "serving",
+            addresses=addresses,
+            metrics=metrics,
+            health=health,
+            tls=tls is not None,
+            pid=os.getpid(),
+        )
         await stop.event.wait()
     finally:
         await _drain(service, server)
+        await probed.stop(None)
         await exporter.stop()
 
 
@@ -273,7 +298,9 @@ async def _drain(service: Service, server: grpc.aio.Server) -> None:
     log.info("stopped")
 
 
-def write_ready_file(path: Path, addresses: Sequence[str], metrics: str = "") -> None:
+def write_ready_file(
+    path: Path, addresses: Sequence[str], metrics: str = "", health: str = ""
+) -> None:
     """Tell whoever started this process that it serves. The file appears whole, or not at all.
 
     Raises:
@@ -284,6 +311,7 @@ def write_ready_file(path: Path, addresses: Sequence[str], metrics: str = "") ->
         "address": (tcp or addresses)[0],
         "addresses": [*addresses],
         "metrics": metrics,
+        "health": health,
         "pid": os.getpid(),
     }
     draft = path.with_name(f".{path.name}.{os.getpid()}")
@@ -294,24 +322,8 @@ def write_ready_file(path: Path, addresses: Sequence[str], metrics: str = "") ->
         raise ConfigError(f"cannot write the ready file {path}: {error.strerror}") from error
 
 
-def check_listen(address: str) -> str:
-    """The address itself when it is "host:port" or "unix:/path".
-
-    Raises:
-        ConfigError: it is neither.
-    """
-    host, colon, port = address.rpartition(":")
-    is_tcp = bool(host and colon) and port.isascii() and port.isdigit() and int(port) < 65536
-    if address.startswith(UNIX):
-        if len(address) > len(UNIX):
-            return address
-    elif is_tcp:
-        return address
-    raise ConfigError(f"cannot listen on {address!r}: give host:port (port 0: any) or unix:/path")
-
-
-def listen_on(server: grpc.aio.Server, address: str) -> str:
-    """Bind, and return the address with the port that it got.
+def listen_on(server: grpc.aio.Server, address: str, tls: Tls | None = None) -> str:
+    """Bind, and return the address with the port that it got. Unix sockets go without TLS.
 
     Raises:
         ListenError: it cannot be served on.
@@ -321,7 +333,10 @@ def listen_on(server: grpc.aio.Server, address: str) -> str:
     # Only the service's own user may connect to a unix socket; the mode must hold from bind() on.
     old_mask = os.umask(0o177) if is_unix else None
     try:
-        port = server.add_insecure_port(address)
+        if tls is None or is_unix:
+            port = server.add_insecure_port(address)
+        else:
+            port = server.add_secure_port(address, tls.server_credentials())
     except RuntimeError as error:
         raise ListenError(
             f"cannot listen on {address}: the address is in use, not of this machine, or not "

@@ -6,10 +6,10 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from samepage.daemon.addresses import check_listen
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
-from samepage.daemon.server import check_listen
 
 SECTION = "device_plugin"
 
@@ -45,7 +45,7 @@ class Config:
     check_seconds: float = setting(
         1.0, "How often to look for the device and for a kubelet that restarted, in seconds."
     )
-    listen: str = setting(
+    health_listen: str = setting(
         "127.0.0.1:0",
         "Address of the health service (gRPC), host:port. Port 0 takes any free one.",
     )
@@ -69,7 +69,7 @@ class Config:
         require(1 <= self.count <= _COUNT_MAX, f"count must be 1 to {_COUNT_MAX}")
         require(self.check_seconds > 0, "check_seconds must be more than 0")
         require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
-        check_listen(self.listen)
+        check_listen(self.health_listen)
         check_metrics_listen(self.metrics_listen)
         check_level(self.log_level)
 

@@ -17,7 +17,8 @@ from pathlib import Path
 import grpc
 import structlog
 
-from samepage.daemon.server import UNIX, listen_on
+from samepage.daemon.addresses import UNIX
+from samepage.daemon.server import listen_on
 from samepage.errors import SamepageError
 from samepage.kubelet import device_plugin_pb2, device_plugin_pb2_grpc
 from samepage_kubernetes.device_plugin.plugin import Plugin

@@ -24,9 +24,12 @@ class DevicePluginService:
 
     name = "device-plugin"
     reflection = False
+    tls_files = None
+    health_listen = ""
 
     def __init__(self, config: Config) -> None:
-        self.listen = (config.listen,)
+        # Health is all that there is to serve, so the probes' address is the only one.
+        self.listen = (config.health_listen,)
         self.drain_seconds = config.drain_seconds
         self.ready_file: Path | None = config.ready_file
         self.metrics_listen = config.metrics_listen

@@ -9,7 +9,7 @@ from pathlib import Path
 from samepage.daemon.config import require, setting
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
-from samepage.daemon.server import check_listen
+from samepage.daemon.tls import NetworkSettings
 from samepage.rpc import ARENAS_SOCKET
 from samepage.sizes import memory_bytes
 
@@ -17,7 +17,7 @@ SECTION = "arenas"
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(NetworkSettings):
     """Settings of one host's helper. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -61,7 +61,7 @@ class Config:
     reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
 
     def __post_init__(self) -> None:
-        check_listen(self.listen)
+        self.check_network([self.listen])
         require(self.hold_limit_bytes >= 0, "hold_limit_bytes must be 0 or more")
         require(self.arenas_max >= 1, "arenas_max must be 1 or more")
         require(self.streams_max >= 1, "streams_max must be 1 or more")

@@ -10,7 +10,8 @@ import grpc
 from prometheus_client.core import Metric
 
 import samepage
-from samepage.daemon.server import UNIX, Health
+from samepage.daemon.addresses import UNIX
+from samepage.daemon.server import Health
 from samepage.v1 import arenas_pb2, arenas_pb2_grpc
 from samepage_merger.holding import metrics
 from samepage_merger.holding.config import Config
@@ -32,6 +33,8 @@ class ArenasService:
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
         self.metrics_listen = config.metrics_listen
+        self.tls_files = config.tls_files
+        self.health_listen = config.health_listen
 
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicer; `start` comes first."""
