@@ -6,7 +6,6 @@ import asyncio
 import hashlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -60,12 +59,12 @@ def found(host: MergerHost, arena: FakeArena) -> Arena:
     return known
 
 
-async def evict(host: MergerHost, arena: FakeArena, *numbers: int) -> list[Any]:
+async def evict(host: MergerHost, arena: FakeArena, *numbers: int) -> list[int]:
     data = np.stack([np.frombuffer(arena.page(page), np.uint8) for page in numbers])
     outcomes = await host.orders.evict(
         found(host, arena), pages(*numbers), data.tobytes(), digests(data)
     )
-    return outcomes.tolist()
+    return [int(outcome) for outcome in outcomes]
 
 
 def same_away(host: MergerHost, arena: FakeArena) -> bool:
