@@ -19,7 +19,7 @@ import numpy.typing as npt
 from samepage.daemon import wire
 from samepage.daemon.peers import Apply, OrderRefusedError, Outcomes, PeerGoneError
 from samepage.daemon.wire import Outcome
-from samepage_merger.cluster.away import Digests
+from samepage_merger.cluster.away import Bytes, Digests
 from samepage_merger.domains import Arena, State
 from samepage_merger.runs import Int64s, join, join_extents
 
@@ -35,9 +35,6 @@ _RESTORE_PAGES = 4096
 #: Gets a part of what was read: where in the pages asked for it begins, what became of each, and
 #: their bytes, which are another's when it returns.
 Keep = Callable[[int, Outcomes, memoryview], None]
-
-
-Bytes = bytes | bytearray | memoryview
 
 
 class _FailedError(Exception):

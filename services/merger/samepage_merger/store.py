@@ -190,7 +190,7 @@ class Store:
         for offset, size in zip(
             (first * PAGE_SIZE).tolist(), (count * PAGE_SIZE).tolist(), strict=True
         ):
-            self._punch(offset, size)
+            punch(self.fd, offset, size)
 
     def free_all_but(self, live: Int64s) -> None:
         """Give back every slot that is not in `live` (ascending), and whatever is in slot 0."""
@@ -199,7 +199,7 @@ class Store:
         ends = [*(first * PAGE_SIZE).tolist(), self.slots * PAGE_SIZE]
         for start, end in zip(starts, ends, strict=True):
             if end > start:
-                self._punch(start, end - start)
+                punch(self.fd, start, end - start)
 
     def resident_bytes(self) -> int:
         """Bytes of memory (or swap) that the file holds."""
@@ -209,11 +209,17 @@ class Store:
         """Close the merger's own descriptor."""
         os.close(self.fd)
 
-    def _punch(self, offset: int, size: int) -> None:
-        while _fallocate(self.fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size) != 0:
-            error = ctypes.get_errno()
-            if error != errno.EINTR:
-                raise OSError(error, os.strerror(error))
+
+def punch(fd: int, offset: int, size: int) -> None:
+    """Give back a part of a file.
+
+    Raises:
+        OSError: the file system cannot.
+    """
+    while _fallocate(fd, _PUNCH_HOLE | _KEEP_SIZE, offset, size) != 0:
+        error = ctypes.get_errno()
+        if error != errno.EINTR:
+            raise OSError(error, os.strerror(error))
 
 
 def _domain_id(name: str) -> bytes:

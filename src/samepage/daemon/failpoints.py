@@ -21,7 +21,10 @@ VARIABLE = "SAMEPAGE_FAILPOINTS"
 _directory = os.environ.get(VARIABLE, "")
 
 #: Every failpoint, and what has just happened, or is about to, when a daemon comes by.
-FAILPOINTS: dict[str, str] = {}
+FAILPOINTS: dict[str, str] = {
+    "spill.written": "pages were written to the spill file, and not synced",
+    "spill.synced": "pages are in the spill file, and nobody knows",
+}
 
 
 class FailpointError(SamepageError):

@@ -22,6 +22,7 @@ import numpy.typing as npt
 from samepage.daemon import wire
 from samepage_merger.runs import Int64s, index
 
+Bytes = bytes | bytearray | memoryview
 Digests = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
 

@@ -1,0 +1,80 @@
+"""Tables and sets of many digests, by their first bytes, in sorted arrays.
+
+Theory. A few sorted arrays, each at least twice as long as the next: adding joins the short ones
+and leaves the long ones alone, finding is a search in each.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from samepage_merger.cluster.away import Digests, Mask
+from samepage_merger.runs import Int64s, expand
+
+Keys = npt.NDArray[np.uint64]
+
+
+def keys_of(digests: Digests) -> Keys:
+    """Return the first 8 bytes of each digest: a hint, that proves nothing."""
+    keys: Keys = np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
+    return keys
+
+
+@dataclass(frozen=True, slots=True)
+class _Level:
+    keys: Keys
+    values: Int64s
+
+
+class KeyTable:
+    """Numbers by key; a key may have several."""
+
+    def __init__(self) -> None:
+        self._levels: list[_Level] = []
+
+    def __len__(self) -> int:
+        return sum(level.keys.size for level in self._levels)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that the table takes."""
+        return sum(level.keys.nbytes + level.values.nbytes for level in self._levels)
+
+    def all(self) -> tuple[Keys, Int64s]:
+        """Return all keys and their numbers, in no order; of this instant."""
+        return (
+            np.concatenate([np.empty(0, np.uint64), *(level.keys for level in self._levels)]),
+            np.concatenate([np.empty(0, np.int64), *(level.values for level in self._levels)]),
+        )
+
+    def find(self, keys: Keys) -> tuple[Int64s, Int64s]:
+        """Return all entries with these keys: which of the keys, ascending, and the number."""
+        places, values = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        for level in self._levels:
+            first = np.searchsorted(level.keys, keys)
+            count = np.searchsorted(level.keys, keys, side="right") - first
+            places.append(np.repeat(np.arange(keys.size), count))
+            values.append(level.values[expand(first, count)])
+        place, value = np.concatenate(places), np.concatenate(values)
+        order = np.argsort(place, kind="stable")
+        return place[order], value[order]
+
+    def add(self, keys: Keys, values: Int64s) -> None:
+        """Enter numbers that are not in the table."""
+        while self._levels and self._levels[-1].keys.size < 2 * keys.size:
+            level = self._levels.pop()
+            keys = np.concatenate((level.keys, keys))
+            values = np.concatenate((level.values, values))
+        if keys.size:
+            order = np.argsort(keys, kind="stable")
+            self._levels.append(_Level(keys[order], values[order]))
+
+    def remove(self, values: Int64s) -> None:
+        """Take out all entries with these numbers."""
+        levels, self._levels = self._levels, []
+        for level in levels:
+            keep: Mask = ~np.isin(level.values, values)
+            self.add(level.keys[keep], level.values[keep])
