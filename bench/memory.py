@@ -1,9 +1,10 @@
 """What sharing costs in memory: the books when it is done, and the extra while it goes on.
 
 Books: what the daemons' and the applications' own memory grew by, from before the arenas were
-made until they are shared, besides the arenas and the store; in bytes a page of all arenas. The
-extra while merging: the most that arenas, store and all processes held together at any time, above
-what they held before, sampled from /proc as often as it goes.
+made until they are shared and all is at rest, besides the arenas and the store; in bytes a page of
+all arenas. The extra while merging: the most that arenas, store and all processes held together at
+any time, above what they held before, sampled from /proc as often as it goes. Before, the scanner
+has looked at the arenas, so that its books, which stay, are not counted once more.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,10 +20,13 @@ from pathlib import Path
 from bench.holder import PAGE
 from bench.holding import Holder, host, sockets
 from bench.record import Aim, Record, median
+from samepage.cli import daemons
 from samepage.cli.cluster import LocalCluster
 from samepage.cli.demo.measure import byte_fields, resident_bytes
 
 _SMALL = 1 << 20
+_REST_SECONDS = 1.0
+_REST_TIMES = 30
 _HOLDERS = 2
 
 
@@ -33,6 +38,17 @@ def anonymous(pids: Iterable[int]) -> int:
 def settled(pids: Iterable[int]) -> int:
     """The same, exactly: the counts that /proc/PID/status shows lag behind a little."""
     return sum(byte_fields(Path(f"/proc/{pid}/smaps_rollup"))["Pss_Anon"] for pid in pids)
+
+
+def at_rest(pids: Iterable[int]) -> int:
+    """The same once it does not change any more: what was shared is told to the index, too."""
+    held = [settled(pids)]
+    while len(held) < 2 or held[-1] != held[-2]:
+        if len(held) > _REST_TIMES:
+            raise RuntimeError(f"the daemons' memory does not come to rest: {held}")
+        time.sleep(_REST_SECONDS)
+        held.append(settled(pids))
+    return held[-1]
 
 
 class Peak:
@@ -67,7 +83,8 @@ class Peak:
 
 def one_run(cluster: LocalCluster, size: int) -> tuple[float, float]:
     """Bytes of books a page, and the extra memory while merging, MiB."""
-    daemons = list(cluster.pids().values())
+    # the index is no process of a host: one serves a cluster
+    services = [pid for name, pid in cluster.pids().items() if name != "index"]
     with ExitStack() as stack:
 
         def hold(bytes_: int) -> Holder:
@@ -78,16 +95,17 @@ def one_run(cluster: LocalCluster, size: int) -> tuple[float, float]:
         small[0].call("share")
         # what a process has besides its arena, whatever the arena's size
         own = settled([each.pid for each in small])
-        before = settled(daemons)
+        before = at_rest(services)
         large = [hold(size) for _ in range(_HOLDERS)]
+        daemons.estimate_savings(cluster.cluster.hosts[0])
         pids = [each.pid for each in large]
-        peak = Peak([*pids, *daemons], cluster.store(cluster.cluster.hosts[0].name))
+        peak = Peak([*pids, *services], cluster.store(cluster.cluster.hosts[0].name))
         held = peak.held()
         with peak:
             report = large[0].call("share")
         if report["unique"] > 0 or report["shared"] < size // PAGE:
             raise RuntimeError(f"not all was shared: {report}")
-        books = settled(daemons) - before + settled(pids) - own
+        books = at_rest(services) - before + settled(pids) - own
         return books / (_HOLDERS * size / PAGE), (peak.bytes - held) / (1 << 20)
 
 

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from samepage.daemon import wire
+from samepage.daemon import heap, wire
 from samepage.errors import InvalidArgumentError
 from samepage_merger.domains import Arena
 from samepage_merger.pagemap import PRIVATE
@@ -101,6 +101,7 @@ class MergeEngine:
             work.cancel()
             await asyncio.wait({work})
             self._progress(tally)
+            heap.trim()
 
     def _progress(self, tally: Tally) -> Progress:
         """What happened since the last one; also counted for the merger as a whole."""

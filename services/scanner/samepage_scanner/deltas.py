@@ -22,9 +22,9 @@ from samepage_scanner import fingerprints as fp
 from samepage_scanner.books import Domain
 from samepage_scanner.pages import HAS_FINGERPRINT, HAS_STABLE_FINGERPRINT, PUBLISHED, Pages
 
-COLLECT_PAGES = 1 << 18
+COLLECT_PAGES = 1 << 15
 _COLLECT_SHARE = 8
-_PART_PAGES = 1 << 18
+_PART_PAGES = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)

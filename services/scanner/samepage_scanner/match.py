@@ -20,7 +20,7 @@ Leaders are never followers, so runs can be carried out in any order.
 
 All arenas lie in one row of numbers ("places") with a gap after each, so that neighbours in the
 row are neighbours in an arena and nothing has to look for arenas' ends. The work goes through the
-row in blocks, and sorting through the fingerprints in parts: besides about 14 bytes a page, what
+row in blocks, and sorting through the fingerprints in parts: besides about 10 bytes a page, what
 it takes on the way does not grow with the memory that is looked at, up to a million pages.
 
 Pages that hold only zeros need no leader: their runs say NO_LEADER.
@@ -44,6 +44,7 @@ from samepage_scanner.pages import (
     IS_ZERO,
     NOTHING,
     STATE,
+    Flags,
     Pages,
 )
 
@@ -60,8 +61,8 @@ RUN = np.dtype(
 NO_LEADER = 0xFFFF_FFFF
 PLACES_MAX = 1 << 36
 
-_PART_PAGES = 1 << 16
-_PARTS_MAX = 16
+_PART_PAGES = 1 << 14
+_PARTS_MAX = 64
 
 # A page's fitness to lead its group, in 64 bits: shared already, length of its chain, low place.
 _PLACE_BITS = np.uint64(36)
@@ -71,6 +72,7 @@ _SHARED_BIT = np.uint64(1 << 63)
 
 Runs = npt.NDArray[np.void]
 Places = npt.NDArray[np.int64]
+Parts = npt.NDArray[np.uint8]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,7 +110,8 @@ def match(
 
 
 class _Matching:
-    """One run of the algorithm; `groups` is by place, 0 where a page is in no group."""
+    """One run of the algorithm. By place: `groups` says which group a page is in, `parts` in which
+    part of the work it is looked at, from 1 on; 0 where it is in none."""
 
     def __init__(self, arenas: Sequence[Pages], waive: bool, mute: Collection[int]) -> None:
         self._arenas = arenas
@@ -118,42 +121,56 @@ class _Matching:
             self._wanted[number], self._zeros[number] = HAS_SLOT, NOTHING
         self._bases = np.cumsum([0, *(len(pages) + 1 for pages in arenas)], dtype=np.int64)
         self._places = int(self._bases[-1])
-        self._parts = 1
-        while self._parts < _PARTS_MAX and self._parts * _PART_PAGES < self._places:
-            self._parts *= 2
+        self._part_count = 1
+        while self._part_count < _PARTS_MAX and self._part_count * _PART_PAGES < self._places:
+            self._part_count *= 2
         self._groups = np.zeros(self._places, np.uint32)
         self._group_count = 0
         self._unique = np.zeros(len(arenas), np.int64)
 
     def result(self, min_run: int) -> Match:
-        for part in range(self._parts):
-            self._group(part)
+        parts = self._divided()
+        for part in range(1, self._part_count + 1):
+            self._number_groups(np.flatnonzero(parts == part))
         equal = np.empty((3, 0), np.int64)
         if self._group_count:
-            equal = _join(list(self._equal(self._leaders(self._chains()))))
+            chains = self._chains(parts)
+            del parts
+            equal = _join(list(self._equal(self._leaders(*chains))))
             equal = self._leave_short(equal, min_run)
         zero = _join(list(self._zero()))
         return Match(self._records(*equal), self._records(zero[0], None, zero[2]), self._unique)
 
-    def _group(self, part: int) -> None:
-        """Group the pages of one part of the fingerprints."""
-        chosen, places, private = [fp.empty()], [np.empty(0, np.int64)], [np.empty(0, np.bool_)]
+    def _divided(self) -> Parts:
+        """The parts of the pages to look at, by the topmost bits of their keys."""
+        parts = np.zeros(self._places, np.uint8)
+        bits = self._part_count.bit_length() - 1
         for base, pages, chosen_by in zip(self._bases, self._arenas, self._wanted, strict=False):
             for block in pages.blocks():
-                flags, fingerprints = pages.flags[block], pages.fingerprints[block]
-                wanted = chosen_by[flags]
-                wanted &= _part_of(fp.keys(fingerprints), self._parts) == part
-                rows = np.flatnonzero(wanted)
-                chosen.append(fingerprints[rows])
-                places.append(rows + (base + block.start))
-                private.append((flags[rows] & STATE) == PageState.PRIVATE)
-        self._number_groups(np.concatenate(chosen), np.concatenate(places), np.concatenate(private))
+                # Twice: no number can be shifted by all of its 64 bits.
+                keys = fp.keys(pages.fingerprints[block]) >> np.uint64(1)
+                part = (keys >> np.uint64(63 - bits)).astype(np.uint8) + np.uint8(1)
+                parts[base + block.start : base + block.stop] = part * chosen_by[pages.flags[block]]
+        return parts
 
-    def _number_groups(
-        self, fingerprints: fp.Fingerprints, places: Places, private: fp.Mask
-    ) -> None:
+    def _gather(self, places: Places) -> tuple[fp.Fingerprints, Flags]:
+        """Fingerprints and flags of places (ascending)."""
+        fingerprints, flags = fp.empty(len(places)), np.empty(len(places), np.uint8)
+        cuts = np.searchsorted(places, self._bases)
+        for base, pages, low, high in zip(
+            self._bases, self._arenas, cuts[:-1], cuts[1:], strict=False
+        ):
+            rows = places[low:high] - base
+            pages.fingerprints.take(rows, 0, fingerprints[low:high], "clip")  # all are inside
+            flags[low:high] = pages.flags[rows]
+        return fingerprints, flags
+
+    def _number_groups(self, places: Places) -> None:
+        """Group the pages of one part."""
         if not len(places):
             return
+        fingerprints, flags = self._gather(places)
+        private = (flags & STATE) == PageState.PRIVATE
         order, begins = fp.sort(fingerprints)
         private = private[order]
         starts = np.flatnonzero(begins)
@@ -167,53 +184,48 @@ class _Matching:
         self._group_count = int(numbers[-1])
         self._groups[places[order]] = np.repeat(np.where(worth, numbers, 0), sizes)
 
-    def _chains(self) -> npt.NDArray[np.int32]:
-        """By place, the length of its chain in links."""
-        linked = np.zeros(self._places, np.bool_)
-        for part in range(self._parts):
-            places, pairs = self._pairs(part)
+    def _chains(self, parts: Parts) -> tuple[Places, Places]:
+        """The chains in order: where each begins, and its length in links. `parts` is used up."""
+        # Only places that are in groups, and the next ones too, are looked at.
+        parts[self._groups == 0] = 0
+        parts[:-1][self._groups[1:] == 0] = 0
+        linked = np.zeros(self._places + 1, np.bool_)
+        for part in range(1, self._part_count + 1):
+            places = np.flatnonzero(parts == part)
+            pairs = self._groups[places].astype(np.uint64) << np.uint64(32)
+            pairs |= self._groups[places + 1]
             order = np.argsort(pairs)
             pairs = pairs[order]
             again = np.flatnonzero(pairs[1:] == pairs[:-1])
             linked[places[order[again]]] = True
             linked[places[order[again + 1]]] = True
-        # A chain begins at a link without one before it, and ends a page after its last link.
-        starts = np.flatnonzero(linked[1:] & ~linked[:-1]) + 1
-        if linked[:1].any():
-            starts = np.concatenate(([0], starts))
-        ends = np.flatnonzero(linked[:-1] & ~linked[1:]) + 1
-        lengths = np.zeros(self._places + 1, np.int32)
-        lengths[starts] = ends - starts
-        lengths[ends + 1] -= (ends - starts).astype(np.int32)
-        np.cumsum(lengths, out=lengths)
-        return lengths
+        turns = np.flatnonzero(linked[1:] != linked[:-1]) + 1
+        if linked[0]:
+            turns = np.concatenate(([0], turns))
+        return turns[::2], turns[1::2] - turns[::2]
 
-    def _pairs(self, part: int) -> tuple[Places, fp.Keys]:
-        """Neighbouring places that are both in groups, and the two groups as one number."""
-        places, pairs = [np.empty(0, np.int64)], [np.empty(0, np.uint64)]
-        for first in range(0, self._places - 1, _PART_PAGES):
-            groups = self._groups[first : first + _PART_PAGES + 1]
-            left, right = groups[:-1], groups[1:]
-            rows = np.flatnonzero((left % self._parts == part) & (left > 0) & (right > 0))
-            places.append(rows + first)
-            pairs.append(left[rows].astype(np.uint64) << np.uint64(32) | right[rows])
-        return np.concatenate(places), np.concatenate(pairs)
-
-    def _leaders(self, chains: npt.NDArray[np.int32]) -> Places:
+    def _leaders(self, starts: Places, lengths: Places) -> Places:
         """By group, the place of its leader."""
+        # One more, of no links, in front of all.
+        starts, lengths = np.concatenate(([-1], starts)), np.concatenate(([-1], lengths))
         best = np.zeros(self._group_count + 1, np.uint64)
         for base, pages in zip(self._bases, self._arenas, strict=False):
             for block in pages.blocks():
                 first = int(base) + block.start
                 groups = self._groups[first : first + block.stop - block.start]
                 rows = np.flatnonzero(groups)
-                fitness = np.minimum(chains[first + rows], _CHAIN_MAX).astype(np.uint64)
+                chain = np.searchsorted(starts, rows + first, "right") - 1
+                # A chain of n links has n + 1 pages.
+                inside = rows + first - starts[chain] <= lengths[chain]
+                fitness = np.minimum(lengths[chain] * inside, _CHAIN_MAX).astype(np.uint64)
                 fitness <<= _PLACE_BITS
                 fitness |= _PLACE_MASK - (first + rows).astype(np.uint64)
                 shared = (pages.flags[block][rows] & STATE) == PageState.SHARED
                 fitness[shared] |= _SHARED_BIT
                 np.maximum.at(best, groups[rows], fitness)
-        return (_PLACE_MASK - (best & _PLACE_MASK)).astype(np.int64)
+        best &= _PLACE_MASK
+        np.subtract(_PLACE_MASK, best, out=best)
+        return best.view(np.int64)
 
     def _equal(self, leaders: Places) -> Iterator[npt.NDArray[np.int64]]:
         """Runs of every block: followers, leaders, counts."""
@@ -266,12 +278,6 @@ class _Matching:
             runs["leader_arena"] = arenas = self._arena_of(leaders)
             runs["leader_page"] = leaders - self._bases[arenas]
         return runs
-
-
-def _part_of(keys: fp.Keys, parts: int) -> fp.Keys:
-    """The part of each key, by its topmost bits."""
-    bits = parts.bit_length() - 1
-    return keys >> np.uint64(64 - bits) if bits else np.zeros_like(keys)
 
 
 def _runs(followers: Places, leaders: Places) -> npt.NDArray[np.int64]:

@@ -23,7 +23,7 @@ STABLE = np.uint8(0b0100)
 PUBLISHED = np.uint8(0b1000)
 
 # Work goes in blocks, so that temporary arrays stay small whatever an arena's size.
-BLOCK = 1 << 16
+BLOCK = 1 << 14
 
 
 def _table(states: tuple[PageState, ...], required: np.uint8) -> fp.Mask:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import structlog
 from prometheus_client import Histogram
 
+from samepage.daemon import heap
 from samepage.daemon.policies import Policies
 from samepage.reports import ShareReport
 from samepage_scanner.books import Arena, Books, Domain
@@ -166,6 +167,7 @@ class Passes:
                     text = "the scanner is stopping; try again when it is back"
                     _fail(share, errno.ENOTCONN, text)
                 self.passes += 1
+                heap.trim()
                 self._passed()
 
     async def _sleep(self, seconds: float) -> None:

@@ -20,6 +20,7 @@ import grpc
 import numpy as np
 import structlog
 
+from samepage.daemon import heap
 from samepage.daemon.policies import Policies
 from samepage.daemon.roles import Role
 from samepage.daemon.tls import Tls, open_channel
@@ -29,7 +30,7 @@ from samepage_scanner import fingerprints as fp
 from samepage_scanner.books import Arena, Books, Domain
 from samepage_scanner.config import Config
 
-BATCH_MAX = 1 << 16
+BATCH_MAX = 1 << 14
 LOOKUP_MAX = 1 << 14
 
 # Longer than the index gives Redis, so that it is the index that says what is wrong.
@@ -179,6 +180,7 @@ class Publisher:
             while self._pending:
                 await self._send(stream, self._pending[0])
                 self._pending.popleft()
+            heap.trim()
             return lease_seconds
         try:
             async with asyncio.timeout(lease_seconds / _RENEWALS_A_LEASE):
@@ -210,6 +212,7 @@ class Publisher:
                 self._pending.extend(_batches(domain, delta))
                 if not delta.complete:
                     self._news.set()
+        heap.trim()
         return bool(self._pending)
 
     async def _forget(self) -> None:
