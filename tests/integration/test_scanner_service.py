@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import numpy as np
 import pytest
 from fakes.fake_agent import FakeAgent, random_pages
 from fakes.fake_merger import FakeMerger
@@ -22,6 +23,7 @@ from helpers.scanner_host import ScannerHost
 from helpers.waiting import until
 
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
+from samepage_scanner.locate import PLACE
 
 
 @pytest.fixture
@@ -68,6 +70,37 @@ async def test_status(host: ScannerHost, agent: FakeAgent, merger: FakeMerger) -
     assert (status.pages_scanned, status.passes) == (10, 1)
     assert (status.merger_connected, status.index_connected) == (True, False)
     assert 0 < status.cpu_seconds < 1000
+
+
+async def test_pages_are_located_by_fingerprint(host: ScannerHost, agent: FakeAgent) -> None:
+    await agent.open("a", random_pages(10, 1))
+    await agent.open("b", random_pages(10, 2))
+    await agent.open("c", random_pages(10, 1), "another")
+    await host.service.passes.run_once()
+    domain = host.service.books.domains["default"]
+    wanted = domain.arenas[1].pages.fingerprints[7].tobytes() + bytes(15) + b"x"
+    found = await host.api.Locate(
+        scanner_pb2.LocateRequest(domain_id=domain.identity, fingerprints=wanted)
+    )
+    ((number, arena, page),) = np.frombuffer(found.places, PLACE).tolist()
+    assert (number, page) == (0, 7)
+    assert (found.arenas[arena].agent, found.arenas[arena].arena) == (agent.agent, 2)
+    nowhere = await host.api.Locate(
+        scanner_pb2.LocateRequest(domain_id=bytes(16), fingerprints=wanted)
+    )
+    assert not nowhere.places
+
+
+@pytest.mark.parametrize(
+    ("domain_id", "fingerprints"),
+    [(bytes(15), b""), (bytes(16), bytes(17)), (bytes(16), bytes(16 * 65537))],
+)
+async def test_malformed_locate(host: ScannerHost, domain_id: bytes, fingerprints: bytes) -> None:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await host.api.Locate(
+            scanner_pb2.LocateRequest(domain_id=domain_id, fingerprints=fingerprints)
+        )
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
 async def test_share_one_arena_or_all(

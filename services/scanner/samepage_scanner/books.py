@@ -149,6 +149,10 @@ class Books:
         chosen = [known] if known else [] if domain else list(self.domains.values())
         return [each for some in chosen for each in (some.find(arena) if arena else some.arenas)]
 
+    def identified(self, identity: bytes) -> Domain | None:
+        """The domain that the index knows by this."""
+        return next((d for d in self.domains.values() if d.identity == identity), None)
+
     def connect(self, peer: Peer) -> None:
         """An agent is there."""
         self.connections += 1

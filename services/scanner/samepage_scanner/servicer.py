@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import errno
 import resource
@@ -10,18 +11,22 @@ from typing import Any, NoReturn
 
 import grpc
 
+from samepage.daemon import secrets
 from samepage.daemon.config import ConfigError
 from samepage.daemon.policies import Policies
 from samepage.reports import ShareReport
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
+from samepage_scanner import fingerprints as fp
 from samepage_scanner.books import Books
 from samepage_scanner.config import Config
 from samepage_scanner.estimate import Estimate, estimate
+from samepage_scanner.locate import locate
 from samepage_scanner.merging import MergerClient
 from samepage_scanner.passes import Passes, ShareRefusedError
 from samepage_scanner.publisher import IndexAwayError, Publisher
 
 DEFAULT_DOMAIN = "default"
+LOCATE_MAX = 1 << 16
 
 _STATUS = {
     errno.ENOENT: grpc.StatusCode.NOT_FOUND,
@@ -145,6 +150,32 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
                 for host, pages in held.most_common()
             ],
             distinct_pages=distinct,
+        )
+
+    async def Locate(
+        self, request: scanner_pb2.LocateRequest, context: Context
+    ) -> scanner_pb2.LocateResponse:
+        """Where on this host pages are."""
+        if len(request.domain_id) != secrets.DOMAIN_ID_BYTES:
+            text = f"domain_id has {len(request.domain_id)} bytes instead of 16"
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, text)
+        count, rest = divmod(len(request.fingerprints), fp.FINGERPRINT_BYTES)
+        if rest or count > LOCATE_MAX:
+            text = (
+                f"fingerprints has {len(request.fingerprints)} bytes: give up to {LOCATE_MAX}, of"
+                " 16 bytes each"
+            )
+            await _abort(context, grpc.StatusCode.INVALID_ARGUMENT, text)
+        domain = self._books.identified(request.domain_id)
+        arenas = [] if domain is None else list(domain.arenas)
+        pages = [arena.pages for arena in arenas]
+        places = await asyncio.to_thread(locate, pages, fp.parse(request.fingerprints))
+        return scanner_pb2.LocateResponse(
+            arenas=[
+                scanner_pb2.LocatedArena(agent=arena.agent.peer.agent, arena=arena.number)
+                for arena in arenas
+            ],
+            places=places.tobytes(),
         )
 
     async def GetPolicy(

@@ -59,6 +59,11 @@ class ScannerStub:
                 request_serializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapResponse.FromString,
                 _registered_method=True)
+        self.Locate = channel.unary_unary(
+                '/samepage.v1.Scanner/Locate',
+                request_serializer=samepage_dot_v1_dot_scanner__pb2.LocateRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_scanner__pb2.LocateResponse.FromString,
+                _registered_method=True)
         self.GetPolicy = channel.unary_unary(
                 '/samepage.v1.Scanner/GetPolicy',
                 request_serializer=samepage_dot_v1_dot_scanner__pb2.GetScannerPolicyRequest.SerializeToString,
@@ -111,6 +116,14 @@ class ScannerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Locate(self, request, context):
+        """Where on this host pages with these fingerprints are, for the host's merger. Errors:
+        INVALID_ARGUMENT (lengths, more than 65536 fingerprints).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetPolicy(self, request, context):
         """What may be changed while the scanner runs, as it is now.
         """
@@ -153,6 +166,11 @@ def add_ScannerServicer_to_server(servicer, server):
                     servicer.GetOverlap,
                     request_deserializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_scanner__pb2.GetOverlapResponse.SerializeToString,
+            ),
+            'Locate': grpc.unary_unary_rpc_method_handler(
+                    servicer.Locate,
+                    request_deserializer=samepage_dot_v1_dot_scanner__pb2.LocateRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_scanner__pb2.LocateResponse.SerializeToString,
             ),
             'GetPolicy': grpc.unary_unary_rpc_method_handler(
                     servicer.GetPolicy,
@@ -300,6 +318,33 @@ class Scanner:
             '/samepage.v1.Scanner/GetOverlap',
             samepage_dot_v1_dot_scanner__pb2.GetOverlapRequest.SerializeToString,
             samepage_dot_v1_dot_scanner__pb2.GetOverlapResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Locate(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Scanner/Locate',
+            samepage_dot_v1_dot_scanner__pb2.LocateRequest.SerializeToString,
+            samepage_dot_v1_dot_scanner__pb2.LocateResponse.FromString,
             options,
             channel_credentials,
             insecure,

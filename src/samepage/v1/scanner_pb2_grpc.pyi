@@ -46,6 +46,10 @@ class ScannerStub:
     """How much of this host's memory, or of one arena, the index knows on other hosts.
     Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
     """
+    Locate: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.LocateRequest, _scanner_pb2.LocateResponse]
+    """Where on this host pages with these fingerprints are, for the host's merger. Errors:
+    INVALID_ARGUMENT (lengths, more than 65536 fingerprints).
+    """
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerPolicyRequest, _scanner_pb2.GetScannerPolicyResponse]
     """What may be changed while the scanner runs, as it is now."""
     SetPolicy: _grpc.UnaryUnaryMultiCallable[_scanner_pb2.SetScannerPolicyRequest, _scanner_pb2.SetScannerPolicyResponse]
@@ -70,6 +74,10 @@ class ScannerAsyncStub(ScannerStub):
     GetOverlap: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetOverlapRequest, _scanner_pb2.GetOverlapResponse]  # type: ignore[assignment]
     """How much of this host's memory, or of one arena, the index knows on other hosts.
     Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
+    """
+    Locate: _aio.UnaryUnaryMultiCallable[_scanner_pb2.LocateRequest, _scanner_pb2.LocateResponse]  # type: ignore[assignment]
+    """Where on this host pages with these fingerprints are, for the host's merger. Errors:
+    INVALID_ARGUMENT (lengths, more than 65536 fingerprints).
     """
     GetPolicy: _aio.UnaryUnaryMultiCallable[_scanner_pb2.GetScannerPolicyRequest, _scanner_pb2.GetScannerPolicyResponse]  # type: ignore[assignment]
     """What may be changed while the scanner runs, as it is now."""
@@ -122,6 +130,16 @@ class ScannerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_scanner_pb2.GetOverlapResponse, _abc.Awaitable[_scanner_pb2.GetOverlapResponse]]:
         """How much of this host's memory, or of one arena, the index knows on other hosts.
         Errors: NOT_FOUND (no such arena), UNAVAILABLE (the index is away).
+        """
+
+    @_abc_1.abstractmethod
+    def Locate(
+        self,
+        request: _scanner_pb2.LocateRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_scanner_pb2.LocateResponse, _abc.Awaitable[_scanner_pb2.LocateResponse]]:
+        """Where on this host pages with these fingerprints are, for the host's merger. Errors:
+        INVALID_ARGUMENT (lengths, more than 65536 fingerprints).
         """
 
     @_abc_1.abstractmethod
