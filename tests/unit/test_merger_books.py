@@ -32,6 +32,7 @@ class BooksModel(RuleBasedStateMachine):
         self.maps: dict[int, PageMap] = {}
         self.pages: dict[int, dict[int, int]] = {}
         self.holds: dict[int, set[int]] = {}
+        self.keepers: Counter[int] = Counter()
         self.live: set[int] = set()
         self.last_slot = 0
         self.opened = 0
@@ -41,7 +42,7 @@ class BooksModel(RuleBasedStateMachine):
 
     def expect_freed(self, freed: object) -> None:
         """Nothing else than what lost its last reference and hold was freed."""
-        held = set().union(*self.holds.values())
+        held = set(+self.keepers).union(*self.holds.values())
         dead = self.live - set(self.referenced()) - held
         assert isinstance(freed, np.ndarray)
         assert freed.tolist() == sorted(dead)
@@ -75,6 +76,20 @@ class BooksModel(RuleBasedStateMachine):
     def hold(self, data: st.DataObject) -> None:
         slots = data.draw(st.lists(st.sampled_from(sorted(self.live)), min_size=1, max_size=9))
         self.holds[self.books.hold(int64s(*slots))] = set(slots)
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def keep(self, data: st.DataObject) -> None:
+        slots = data.draw(st.sets(st.sampled_from(sorted(self.live)), min_size=1, max_size=9))
+        self.books.keep(int64s(*sorted(slots)))
+        self.keepers.update(slots)
+
+    @precondition(lambda self: +self.keepers)
+    @rule(data=st.data())
+    def unkeep(self, data: st.DataObject) -> None:
+        slots = data.draw(st.sets(st.sampled_from(sorted(+self.keepers)), min_size=1, max_size=9))
+        self.keepers.subtract(slots)
+        self.expect_freed(self.books.unkeep(int64s(*sorted(slots))))
 
     @precondition(lambda self: self.live and self.maps)
     @rule(data=st.data())

@@ -34,9 +34,7 @@ def pages_of(look: Look) -> Pages:
 @given(st.lists(looks, max_size=4), st.lists(st.integers(1, 40), max_size=30))
 def test_finds_what_a_naive_search_finds(arenas: list[Look], wanted: list[int]) -> None:
     places = locate([pages_of(look) for look in arenas], fingerprints(wanted))
-    there = {
-        content for look in arenas for content, state in look if state in (PRIVATE, SHARED)
-    }
+    there = {content for look in arenas for content, state in look if state in (PRIVATE, SHARED)}
     numbers = [number for number, content in enumerate(wanted) if content in there]
     assert places["fingerprint"].tolist() == numbers
     for number, arena, page in places.tolist():

@@ -5,8 +5,10 @@ Rules.
   messages. An agent's word moves its own pages' references and no others.
 - A hold keeps a slot without being a reference: an order names the slot, and until its outcome is
   applied nobody knows whether the page maps it.
-- A slot is freed when it has neither. Whoever calls gets the slots that became free, and gives
-  their memory back.
+- A slot may be kept besides: for other hosts, for hours, by the hundred thousand. That is a count
+  in the table.
+- A slot is freed when it has none of these. Whoever calls gets the slots that became free, and
+  gives their memory back.
 """
 
 from __future__ import annotations
@@ -73,6 +75,15 @@ class Books:
         slots = self._holds.pop(hold)
         return self._forget(unique(slots[self.table.references(slots) == 0]))
 
+    def keep(self, slots: Int64s) -> None:
+        """Keep live slots (each named once) until `unkeep`, as many times as this was called."""
+        self.table.keep(slots)
+
+    def unkeep(self, slots: Int64s) -> Int64s:
+        """Take back a `keep` of each slot (ascending); return the slots that became free."""
+        self.table.unkeep(slots)
+        return self._forget(slots[self.table.references(slots) == 0])
+
     def map(self, page_map: PageMap, pages: Int64s, slots: Int64s) -> Int64s:
         """Let pages (each named once) map live slots, or none where the slot is PRIVATE.
 
@@ -115,5 +126,6 @@ class Books:
         if self._holds:
             held = np.concatenate(list(self._holds.values()))
             unreferenced = unreferenced[~np.isin(unreferenced, held)]
+        unreferenced = self.table.unkept(unreferenced)
         self.table.remove(unreferenced)
         return unreferenced

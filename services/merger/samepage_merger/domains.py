@@ -8,6 +8,7 @@ Rules. The first is the project's: a slot that any living process may still map 
 - An arena maps the store through the one descriptor that its lock is on.
 - The same holds for the digests that its orders to evict name: they are pinned until the outcome is
   known, or the arena has announced which of its pages are away.
+- What is held for other hosts is noted beside the store, and is in the books from the start on.
 - Slots from before this merger's start may be mapped by arenas that have not announced themselves
   yet. So however the books count, such a slot's memory is given back only when every lock that
   stands is one whose arena is known in full. The same goes for what is in the file but not in the
@@ -29,6 +30,10 @@ from samepage.daemon import secrets, wire
 from samepage.daemon.peers import Outcomes, Peer
 from samepage_merger.books import Books
 from samepage_merger.cluster.away import AwayMap, Digests, Pins
+from samepage_merger.cluster.catalog import Catalog
+from samepage_merger.cluster.digests import Digester
+from samepage_merger.cluster.holdfile import HoldFile
+from samepage_merger.cluster.holds import Holds
 from samepage_merger.locks import StoreLocks
 from samepage_merger.pagemap import PRIVATE, PageMap
 from samepage_merger.runs import Int64s
@@ -118,13 +123,22 @@ class Arena:
 class Domain:
     """One domain: its store, its books, its arenas.
 
+    Args:
+        secret: the cluster's.
+        hold_file: says which slots are held for other hosts.
+
     Attributes:
+        id: by which other hosts and the index know it.
         name: empty when only its store is known, from before this merger's start.
         pins: digests that are kept besides those of away pages.
+        digester: makes the digests of its pages.
+        catalog: slots by digest.
+        holds: what is held for other hosts.
         merged, restored: pages since start.
     """
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, domain_id: bytes, store: Store, secret: bytes, hold_file: HoldFile) -> None:
+        self.id = domain_id
         self.name = ""
         self.store = store
         self.locks = StoreLocks(store)
@@ -137,6 +151,10 @@ class Domain:
         self._known_locks: set[int] = set()
         # Slots below may be mapped by arenas that an earlier merger knew, and this one does not.
         self._first_own_slot = store.slots
+        self.digester = Digester(secrets.digest_key(secret, domain_id))
+        self.catalog = Catalog(self.books, store, self.digester, self.free)
+        self.holds = Holds(self.books, self.catalog, hold_file, self.free)
+        self.holds.restore(store.slots)
 
     def claim(self, name: str, agent: bytes, own: Arena | None = None) -> None:
         """Make sure that the agent may use a name for a new arena, or for `own`.
@@ -324,8 +342,13 @@ class Domain:
         """Return whether no living process has an arena here that has yet to announce itself."""
         return not self.locks.live() - self._known_locks
 
+    def unused(self) -> bool:
+        """Return whether no process can map the store, and nothing is held for other hosts."""
+        return not (self.locks.live() or len(self.holds))
+
     def settle(self) -> bool:
         """Free what no living process can map any more; return whether nothing is left waiting."""
+        self.holds.expire()
         for arena in [arena for arena in self.arenas if arena.state is State.LIMBO]:
             if not self.locks.held(arena.lock):
                 self.forget(arena)
@@ -372,7 +395,7 @@ class Domains:
         self._secret = secret
         self._domains: dict[bytes, Domain] = {}
         for domain_id in stores.existing():
-            self._domains[domain_id] = Domain(stores.open(domain_id))
+            self._open(domain_id)
 
     def __iter__(self) -> Iterator[Domain]:
         return iter(self._domains.values())
@@ -385,11 +408,13 @@ class Domains:
             OSError: its store cannot be opened.
         """
         domain_id = secrets.domain_id(self._secret, name)
-        if domain_id not in self._domains:
-            self._domains[domain_id] = Domain(self._stores.open(domain_id))
-        domain = self._domains[domain_id]
+        domain = self._domains.get(domain_id) or self._open(domain_id)
         domain.name = name
         return domain
+
+    def find(self, domain_id: bytes) -> Domain | None:
+        """Return a domain by its id, if it has a store here."""
+        return self._domains.get(domain_id)
 
     def arenas(self) -> Iterator[Arena]:
         """All arenas that have a name, those in limbo too."""
@@ -405,5 +430,13 @@ class Domains:
         return self._stores.resident_bytes()
 
     def close(self) -> None:
-        """Close the stores, and remove those that no process can map."""
-        self._stores.close(lambda domain_id: not self._domains[domain_id].locks.live())
+        """Close the stores, and remove those that no process can map and no other host needs."""
+        for domain in self:
+            domain.holds.close()
+        self._stores.close(lambda domain_id: self._domains[domain_id].unused())
+
+    def _open(self, domain_id: bytes) -> Domain:
+        hold_file = HoldFile(self._stores.holds_path(domain_id))
+        domain = Domain(domain_id, self._stores.open(domain_id), self._secret, hold_file)
+        self._domains[domain_id] = domain
+        return domain

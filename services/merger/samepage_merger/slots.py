@@ -2,7 +2,7 @@
 
 Slot numbers only grow and are never used twice, so the live ones get sparse over time. They are
 kept in arrays sorted by number: a new slot goes to the end, a freed one stays until half of the
-entries are dead and the arrays are packed. Memory is thus 12 bytes a live slot, at most three
+entries are dead and the arrays are packed. Memory is thus 14 bytes a live slot, at most three
 times that for a moment, however large the numbers are. Slots that are given together are found
 together: a run of them is looked up once, and worked on as a slice.
 """
@@ -19,11 +19,12 @@ _DEAD = -1
 
 
 class SlotTable:
-    """The references of each live slot. Slots without references may live too."""
+    """The references of each live slot, and its keepers. Slots with neither may live too."""
 
     def __init__(self) -> None:
         self._slots = np.empty(_CAPACITY_MIN, np.int64)
         self._references = np.empty(_CAPACITY_MIN, np.int32)
+        self._keepers = np.empty(_CAPACITY_MIN, np.uint16)
         self._used = 0
         self._dead = 0
         self._referenced = 0
@@ -34,7 +35,7 @@ class SlotTable:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the table takes."""
-        return self._slots.nbytes + self._references.nbytes
+        return self._slots.nbytes + self._references.nbytes + self._keepers.nbytes
 
     def live(self) -> Int64s:
         """Return all live slots, ascending."""
@@ -76,6 +77,7 @@ class SlotTable:
         self._reserve(end)
         self._slots[self._used : end] = slots
         self._references[self._used : end] = 0
+        self._keepers[self._used : end] = 0
         self._used = end
 
     def reference(self, slots: Int64s) -> None:
@@ -111,6 +113,19 @@ class SlotTable:
         found, where = self._search(slots)
         return np.where(found, self._references[where], 0).astype(np.int64)
 
+    def keep(self, slots: Int64s) -> None:
+        """Add a keeper for each live slot, each named once."""
+        self._keepers[self._at(slots)] += 1
+
+    def unkeep(self, slots: Int64s) -> None:
+        """Drop a keeper of each slot, each named once."""
+        self._keepers[self._at(slots)] -= 1
+
+    def unkept(self, slots: Int64s) -> Int64s:
+        """Return those of the live slots that have no keeper."""
+        unkept: Int64s = slots[self._keepers[self._at(slots)] == 0]
+        return unkept
+
     def remove(self, slots: Int64s) -> None:
         """Forget live slots, each named once."""
         at = self._at(slots)
@@ -119,7 +134,7 @@ class SlotTable:
         self._dead += slots.size
         if self._dead > max(len(self), _CAPACITY_MIN):
             alive = self._references[: self._used] != _DEAD
-            self._set(self._slots[: self._used][alive], self._references[: self._used][alive])
+            self._set(*(column[: self._used][alive] for column in self._columns()))
 
     def _run(self, slots: Int64s) -> slice | None:
         """Where the slots are, dead ones too, if they and their entries are consecutive."""
@@ -149,28 +164,40 @@ class SlotTable:
 
     def _insert(self, slots: Int64s) -> None:
         alive = self._references[: self._used] != _DEAD
-        all_slots = np.concatenate((self._slots[: self._used][alive], slots))
-        order = np.argsort(all_slots, kind="stable")
-        references = np.concatenate(
-            (self._references[: self._used][alive], np.zeros(slots.size, np.int32))
-        )
-        self._set(all_slots[order], references[order])
+        none = np.zeros(slots.size, np.uint16)
+        new: tuple[npt.NDArray[np.integer], ...] = (slots, none.astype(np.int32), none)
+        columns = [
+            np.concatenate((column[: self._used][alive], fresh))
+            for column, fresh in zip(self._columns(), new, strict=True)
+        ]
+        order = np.argsort(columns[0], kind="stable")
+        self._set(*(column[order] for column in columns))
 
-    def _set(self, slots: Int64s, references: npt.NDArray[np.int32]) -> None:
+    def _columns(self) -> tuple[npt.NDArray[np.integer], ...]:
+        return self._slots, self._references, self._keepers
+
+    def _set(
+        self,
+        slots: npt.NDArray[np.integer],
+        references: npt.NDArray[np.integer],
+        keepers: npt.NDArray[np.integer],
+    ) -> None:
         self._used = 0
         self._dead = 0
         self._slots = np.empty(0, np.int64)
         self._references = np.empty(0, np.int32)
+        self._keepers = np.empty(0, np.uint16)
         self._reserve(slots.size)
         self._used = slots.size
         self._slots[: self._used] = slots
         self._references[: self._used] = references
+        self._keepers[: self._used] = keepers
 
     def _reserve(self, size: int) -> None:
         if size <= self._slots.size:
             return
         capacity = max(_CAPACITY_MIN, size + size // 4)
-        for name in ("_slots", "_references"):
+        for name in ("_slots", "_references", "_keepers"):
             old = getattr(self, name)
             new = np.empty(capacity, old.dtype)
             new[: self._used] = old[: self._used]

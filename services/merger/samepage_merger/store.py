@@ -29,6 +29,7 @@ _KEEP_SIZE = 0x1
 _WARN_SECONDS = 60.0
 _SUFFIX = ".store"
 _NAME = re.compile(r"[0-9a-f]{32}\.store")
+_HOLDS = ".holds"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
@@ -84,8 +85,12 @@ class StoreDirectory:
         for name in sorted(os.listdir(self._fd)):
             if _NAME.fullmatch(name):
                 yield _domain_id(name)
-            else:
+            elif _HOLDS not in name:
                 log.warning("a file that is no store", path=str(self.path / name))
+
+    def holds_path(self, domain_id: bytes) -> Path:
+        """Where it is noted which slots of a domain are held for other hosts."""
+        return self.path / f"{domain_id.hex()}{_HOLDS}"
 
     def resident_bytes(self) -> int:
         """Bytes that all stores hold, as their block counts tell."""
@@ -117,6 +122,7 @@ class StoreDirectory:
         for name, store in self._stores.items():
             if unused(_domain_id(name)):
                 os.unlink(name, dir_fd=self._fd)
+                self.holds_path(_domain_id(name)).unlink(missing_ok=True)
             store.close()
         self._stores.clear()
         self.view.close()
@@ -181,6 +187,17 @@ class Store:
     def read(self, slot: int, pages: int) -> bytes:
         """Return the bytes of consecutive slots."""
         return os.pread(self.fd, pages * PAGE_SIZE, slot * PAGE_SIZE)
+
+    def read_all(self, slots: Int64s) -> bytearray:
+        """Return the bytes of slots, one after the other."""
+        data = bytearray(slots.size * PAGE_SIZE)
+        view = memoryview(data)
+        first, count = join(slots)
+        for slot, pages in zip(first.tolist(), count.tolist(), strict=True):
+            size = pages * PAGE_SIZE
+            os.preadv(self.fd, [view[:size]], slot * PAGE_SIZE)
+            view = view[size:]
+        return data
 
     def free(self, slots: Int64s) -> None:
         """Give back the memory of slots (ascending) that no living process maps."""

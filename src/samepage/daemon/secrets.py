@@ -16,6 +16,7 @@ from samepage.errors import InvalidArgumentError
 
 SECRET_BYTES_MIN = 16
 DOMAIN_ID_BYTES = 16
+DIGEST_KEY_BYTES = 32
 NAME_BYTES_MAX = 127
 DOMAIN_CHARACTERS_MAX = 63
 
@@ -49,6 +50,11 @@ def domain_seed(secret: bytes, domain: str) -> int:
 def domain_id(secret: bytes, domain: str) -> bytes:
     """The 16 bytes by which the index knows the domain."""
     return _derive(secret, b"id", domain, DOMAIN_ID_BYTES)
+
+
+def digest_key(secret: bytes, domain_id: bytes) -> bytes:
+    """The key of the domain's digests; a store's domain is known by its id before its name is."""
+    return _keyed_hash(secret, b"digest", domain_id, DIGEST_KEY_BYTES)
 
 
 def check_domain(domain: str) -> str:
@@ -86,11 +92,13 @@ def check_name(name: str) -> str:
 
 
 def _derive(secret: bytes, purpose: bytes, domain: str, size: int) -> bytes:
+    return _keyed_hash(secret, purpose, check_domain(domain).encode(), size)
+
+
+def _keyed_hash(secret: bytes, purpose: bytes, data: bytes, size: int) -> bytes:
     # BLAKE2b takes keys of up to 64 bytes; hashing first lets a secret be of any length.
     key = hashlib.blake2b(secret).digest()
-    return hashlib.blake2b(
-        check_domain(domain).encode(), key=key, digest_size=size, person=b"samepage " + purpose
-    ).digest()
+    return hashlib.blake2b(data, key=key, digest_size=size, person=b"samepage " + purpose).digest()
 
 
 def _shown(text: str) -> str:

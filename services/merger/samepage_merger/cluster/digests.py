@@ -1,0 +1,115 @@
+"""Digests of pages: BLAKE3, keyed for the domain. 32 zero bytes stand for a page of zeros.
+
+A digest names bytes across hosts: who has 32 bytes of digest from a host that it trusts can take
+the page from anybody. Many pages are hashed in a thread: hashing lets go of the interpreter's
+lock. One page is hashed at once, since handing it over would take longer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from blake3 import blake3
+
+from samepage.daemon import wire
+from samepage.daemon.wire import PAGE_SIZE
+from samepage_merger.cluster.away import Bytes, Digests, Mask
+
+DIGEST_BYTES = wire.DIGEST_BYTES
+FINGERPRINT_BYTES = 16
+ZERO_PAGE = bytes(PAGE_SIZE)
+ZERO_DIGEST = bytes(DIGEST_BYTES)
+
+#: A row of bytes a fingerprint.
+Fingerprints = npt.NDArray[np.uint8]
+
+T = TypeVar("T")
+
+_THREADS = 2
+_INLINE_PAGES = 4
+_workers = ThreadPoolExecutor(_THREADS, "digests")
+
+
+def parse_digests(packed: bytes) -> Digests:
+    """Return digests from n * 32 bytes; the result is read-only."""
+    return np.frombuffer(packed, np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def parse_fingerprints(packed: bytes) -> Fingerprints:
+    """Return fingerprints from n * 16 bytes; the result is read-only."""
+    return np.frombuffer(packed, np.uint8).reshape(-1, FINGERPRINT_BYTES)
+
+
+def are_zero(digests: Digests) -> Mask:
+    """Return which digests stand for a page of zeros."""
+    zero: Mask = (digests == 0).all(axis=1)
+    return zero
+
+
+def equal(left: Digests, right: Digests) -> Mask:
+    """Return where two arrays of the same length are equal."""
+    same: Mask = (left == right).all(axis=1)
+    return same
+
+
+def fingerprints(seed: int, data: Bytes) -> Fingerprints:
+    """Return the fingerprints of consecutive pages, as agents make them with this seed."""
+    view = memoryview(data)
+    hashed = [
+        xxhash.xxh3_128_digest(view[low : low + PAGE_SIZE], seed)
+        for low in range(0, len(view), PAGE_SIZE)
+    ]
+    return parse_fingerprints(b"".join(hashed))
+
+
+async def in_thread(work: Callable[[], T], pages: int) -> T:
+    """Return what `work`, which hashes so many pages, returns; run where that is fastest."""
+    if pages <= _INLINE_PAGES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(_workers, work)
+
+
+class Digester:
+    """Makes the digests of one domain.
+
+    Args:
+        key: the domain's (samepage.daemon.secrets.digest_key).
+    """
+
+    def __init__(self, key: bytes) -> None:
+        self._key = key
+
+    def page(self, data: Bytes) -> bytes:
+        """Return the digest of one page."""
+        return ZERO_DIGEST if data == ZERO_PAGE else blake3(data, key=self._key).digest()
+
+    def pages(self, data: Bytes) -> Digests:
+        """Return the digests of consecutive pages."""
+        view, key = memoryview(data), self._key
+        hashed = [
+            blake3(view[low : low + PAGE_SIZE], key=key).digest()
+            for low in range(0, len(view), PAGE_SIZE)
+        ]
+        digests = np.frombuffer(bytearray().join(hashed), np.uint8).reshape(-1, DIGEST_BYTES)
+        digests[_zeros(view)] = 0
+        return digests
+
+    async def pages_apart(self, data: Bytes) -> Digests:
+        """Return the digests of consecutive pages, without keeping the event loop from its work.
+
+        Nobody may change `data` meanwhile.
+        """
+        return await in_thread(lambda: self.pages(data), len(data) // PAGE_SIZE)
+
+
+def _zeros(data: memoryview) -> npt.NDArray[np.intp]:
+    """Return which pages hold only zeros; most are told by their first bytes."""
+    words = np.frombuffer(data, np.uint64).reshape(-1, PAGE_SIZE // 8)
+    maybe = np.flatnonzero(words[:, 0] == 0)
+    return maybe[~words[maybe].any(axis=1)]
