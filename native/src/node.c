@@ -237,7 +237,7 @@ static int prepare_pager(struct sp_node *node, int device)
 	bool can_share =
 		!error && (node->hello.features & SP_FEATURES_NEEDED) == SP_FEATURES_NEEDED;
 
-	node->mover.extents_budget = map_count_limit() / 4;
+	node->mover.extents_budget = map_count_limit() / 2;
 	if (!error && !can_share)
 		sp_uffds_close(&uffds);
 	if (!can_share)

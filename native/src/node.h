@@ -80,7 +80,7 @@ struct sp_mover {
 	struct sp_pager pager;
 	bool can_share; /* the pager works */
 	struct sp_arena *arenas;
-	size_t extents_budget; /* runs an arena: its share of vm.max_map_count */
+	size_t extents_budget; /* runs an arena, should the merger ask for too many */
 	struct sp_notice notices[SP_NOTICES];
 	size_t notice_count;
 	bool notices_lost; /* more than fit: only announcing everything anew helps */

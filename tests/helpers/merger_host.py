@@ -22,6 +22,7 @@ from samepage_merger.config import Config
 from samepage_merger.domains import Domain, Domains
 from samepage_merger.headroom import Headroom
 from samepage_merger.janitor import Janitor
+from samepage_merger.mappings import MappingBudget
 from samepage_merger.merging import RUN, ZERO_LEADER, MergeEngine
 from samepage_merger.orders import Orders
 from samepage_merger.pairs import OUTCOMES, Tools
@@ -77,7 +78,8 @@ class MergerHost:
         self.policies = Policies(config or Config(node="test"))
         self.headroom = Headroom(self.policies, self.domains.saved_pages, available)
         self.orders = Orders(timeout)
-        self.engine = MergeEngine(self.agents.find, Tools(self.orders, self.headroom))
+        tools = Tools(self.orders, self.headroom, MappingBudget(self.policies, self.orders))
+        self.engine = MergeEngine(self.agents.find, tools)
         self.unsharer = Unsharer(self.domains, self.orders)
         self.accountant = Accountant("host-a", self.domains, self.orders)
         self._server = PeerServer(self.path, self.agents, WINDOW_BYTES)

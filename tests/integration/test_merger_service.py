@@ -89,7 +89,7 @@ class Merger:
         for response in responses:
             for o in response.outcomes:
                 counts = (o.merged, o.differs, o.pinned, o.absent, o.busy, o.no_mapping)
-                merged[o.arena] += (*counts, o.unsupported, o.gone, o.no_headroom)
+                merged[o.arena] += (*counts, o.unsupported, o.gone, o.no_headroom, o.displaced)
         assert sum(r.pages_done for r in responses) == sum(run[4] for run in runs)
         return merged
 

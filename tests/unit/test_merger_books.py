@@ -144,6 +144,12 @@ class BooksModel(RuleBasedStateMachine):
         for number, page_map in self.maps.items():
             mine = self.pages[number]
             assert page_map.shared == len(mine)
+            ends = [
+                page
+                for page in range(PAGES - 1)
+                if mine.get(page + 1, 0) != (mine[page] + 1 if page in mine else 0)
+            ]
+            assert page_map.mappings == len(ends) + 1
             assert page_map.mapped().tolist() == sorted(mine)
             assert page_map.slots(np.arange(PAGES)).tolist() == [
                 mine.get(page, PRIVATE) for page in range(PAGES)

@@ -14,6 +14,8 @@ from samepage.daemon.tls import NetworkSettings
 
 SECTION = "merger"
 
+_VMAS_MIN = 16
+_VMAS_MAX = 1 << 30
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -56,12 +58,18 @@ class Config(NetworkSettings):
         "What share of the bytes that merging saves must fit into the memory that the host has "
         "left, in percent, 0 to 100: merges beyond are refused, since undoing them in a burst of "
         "writes might end in processes being killed. A policy, as are store_limit_bytes and the "
-        "next one: `samepage policy` changes them while the merger runs.",
+        "next two: `samepage policy` changes them while the merger runs.",
     )
     memory_ceiling_bytes: int = setting(
         0,
         "How many bytes of memory undone merges may count on at most. 0: all that the host has "
         "left, within the limits of the merger's own control group.",
+    )
+    vma_budget: int = setting(
+        0,
+        "Of how many mappings (VMAs) sharing may make an arena up, 16 to 1073741824; when they "
+        "are used up, the longest runs of equal pages keep them. 0: a quarter of "
+        "vm.max_map_count.",
     )
     order_timeout_seconds: float = setting(
         5.0,
@@ -92,6 +100,10 @@ class Config(NetworkSettings):
             f"headroom_percent must be 0 to 100, not {self.headroom_percent:g}",
         )
         require(self.memory_ceiling_bytes >= 0, "memory_ceiling_bytes must be 0 or more")
+        require(
+            self.vma_budget == 0 or _VMAS_MIN <= self.vma_budget <= _VMAS_MAX,
+            f"vma_budget must be 0, or {_VMAS_MIN} to {_VMAS_MAX}, not {self.vma_budget}",
+        )
         require(self.order_timeout_seconds > 0, "order_timeout_seconds must be more than 0")
         require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
         check_metrics_listen(self.metrics_listen)

@@ -16,8 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from samepage.daemon import heap, wire
+from samepage.daemon.wire import Outcome
 from samepage.errors import InvalidArgumentError
 from samepage_merger.domains import Arena
+from samepage_merger.orders import DISPLACED, GONE
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.pairs import OUTCOMES, Counts, PairMerge, Side, Tally, Tools
 from samepage_merger.runs import batches, expand, unique, within
@@ -114,6 +116,45 @@ class MergeEngine:
         return None if arena is None or arena.domain.name != domain else Side(arena, row)
 
     async def _merge_all(self, sides: Sequence[Side | None], records: Runs, tally: Tally) -> None:
+        """Merge the longest runs first, as far as mappings go; zero pages take none."""
+        zero = records["leader"] == ZERO_LEADER
+        await self._merge_pairs(sides, records[zero], tally)
+        budget = self._tools.mappings
+        arenas = [None if side is None else side.arena for side in sides]
+        rest = records[~zero]
+        rest = rest[np.argsort(-rest["count"].astype(np.int64), kind="stable")]
+        while rest.size:
+            chosen = budget.choose(arenas, rest)
+            await self._merge_pairs(sides, rest[chosen], tally)
+            rest = rest[~chosen]
+            if chosen.any():
+                continue
+            displaced = await budget.make_room(arenas, rest)
+            for row, pages in displaced.items():
+                tally.count_pages(row, DISPLACED, pages)
+            if not displaced:
+                break
+        for row, arena in enumerate(arenas):
+            self._count_refused(row, arena, rest, tally)
+        tally.done(int(rest["count"].sum()))
+
+    def _count_refused(self, row: int, arena: Arena | None, runs: Runs, tally: Tally) -> None:
+        """Count an arena's pages in runs that there were no mappings for, on either side."""
+        leads, follows = runs[runs["leader"] == row], runs[runs["follower"] == row]
+        pages = np.concatenate(
+            (
+                expand(leads["leader_page"], leads["count"]),
+                expand(follows["follower_page"], follows["count"]),
+            )
+        )
+        if arena is None:
+            tally.count_pages(row, GONE, pages.size)
+            return
+        pages = unique(pages)
+        private = int(np.count_nonzero(arena.map.slots(pages) == PRIVATE))
+        tally.count_pages(row, Outcome.NO_MAPPING, private)
+
+    async def _merge_pairs(self, sides: Sequence[Side | None], records: Runs, tally: Tally) -> None:
         at_once = asyncio.Semaphore(_PAIRS_AT_ONCE)
 
         async def limited(work: Coroutine[object, object, None]) -> None:
@@ -130,7 +171,7 @@ class MergeEngine:
         if gone:
             pages = int(runs["count"].sum())
             for row in gone:
-                tally.count_gone(row, pages)
+                tally.count_pages(row, GONE, pages)
             tally.done(pages)
             return
         follower = sides[runs["follower"][0]]

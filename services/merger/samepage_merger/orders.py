@@ -27,6 +27,8 @@ from samepage_merger.runs import Int64s, join, join_extents
 GONE = len(Outcome)
 #: Outcome of a page whose merge might not be undone within the host's memory.
 NO_HEADROOM = GONE + 1
+#: Outcome of a page that was shared, and restored since longer runs need its arena's mappings.
+DISPLACED = NO_HEADROOM + 1
 
 _EXTENTS_MAX = (wire.MESSAGE_MAX - wire.HEADER.size - wire.REPLACE.size) // wire.EXTENT.itemsize
 _RESTORES_IN_FLIGHT = 64

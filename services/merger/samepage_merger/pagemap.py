@@ -12,7 +12,7 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
-from samepage_merger.runs import Int64s, index
+from samepage_merger.runs import Int64s, index, is_run
 
 #: What a page maps that maps no slot: slot 0 is never given.
 PRIVATE = 0
@@ -29,6 +29,8 @@ class PageMap:
     Attributes:
         pages: size of the arena.
         shared: how many pages map a slot.
+        mappings: of how many mappings the kernel makes the arena up: neighbours share one when
+            both are private, or map neighbouring slots.
 
     Raises:
         MemoryError: there is no address space for so many pages.
@@ -37,6 +39,7 @@ class PageMap:
     def __init__(self, pages: int) -> None:
         self.pages = pages
         self.shared = 0
+        self.mappings = 1
         self._slots: npt.NDArray[np.unsignedinteger] = _reserve(pages, np.dtype(np.uint32))
         blocks = -(-pages // _BLOCK_PAGES)
         self._in_block = np.zeros(blocks, np.int32)
@@ -51,11 +54,28 @@ class PageMap:
         before: Int64s = self._slots[at].astype(np.int64)
         if slots.size and int(slots.max()) > _NARROW_MAX and self._slots.itemsize == 4:
             self._widen()
+        around = self._around(pages)
+        self.mappings -= int(np.count_nonzero(self.breaks(around)))
         self._slots[at] = slots
+        self.mappings += int(np.count_nonzero(self.breaks(around)))
         change = (slots != PRIVATE).astype(np.int32) - (before != PRIVATE).astype(np.int32)
         np.add.at(self._in_block, pages >> _BLOCK_SHIFT, change)
         self.shared += int(change.sum())
         return before
+
+    def breaks(self, pages: Int64s) -> npt.NDArray[np.bool_]:
+        """Return whether a mapping ends with each page; none is the arena's last."""
+        here, following = self.slots(pages), self.slots(pages + 1)
+        ends: npt.NDArray[np.bool_] = following != here + (here != PRIVATE)
+        return ends
+
+    def _around(self, pages: Int64s) -> Int64s:
+        """The pages, and those before them, with which mappings may end."""
+        if is_run(pages):
+            low, high = max(int(pages[0]) - 1, 0), min(int(pages[-1]), self.pages - 2)
+            return np.arange(low, high + 1)
+        around = np.unique(np.concatenate((pages - 1, pages)))
+        return around[(around >= 0) & (around < self.pages - 1)]
 
     def mapped(self, first: int = 0, count: int | None = None) -> Int64s:
         """Return the pages of a range (all, if none is given) that map a slot, ascending."""

@@ -31,14 +31,15 @@ from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.domains import Arena
 from samepage_merger.headroom import Headroom
-from samepage_merger.orders import GONE, NO_HEADROOM, Orders
+from samepage_merger.mappings import MappingBudget
+from samepage_merger.orders import DISPLACED, NO_HEADROOM, Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, batches, expand, unique_first, unique_inverse
 from samepage_merger.store import StoreFullError
 
-OUTCOMES = NO_HEADROOM + 1
+OUTCOMES = DISPLACED + 1
 #: By number, as the API calls them.
-OUTCOME_NAMES = (*(outcome.name.lower() for outcome in Outcome), "gone", "no_headroom")
+OUTCOME_NAMES = (*(outcome.name.lower() for outcome in Outcome), "gone", "no_headroom", "displaced")
 STEP_PAGES = 512
 STEPS_AHEAD = 2
 
@@ -62,9 +63,9 @@ class Tally:
         """Add the outcomes of some pages of an arena."""
         self._outcomes[row] += np.bincount(outcomes, minlength=OUTCOMES)
 
-    def count_gone(self, row: int, pages: int) -> None:
-        """Add pages of an arena that is gone."""
-        self._outcomes[row, GONE] += pages
+    def count_pages(self, row: int, outcome: int, pages: int) -> None:
+        """Add pages of an arena that have one outcome."""
+        self._outcomes[row, outcome] += pages
 
     def done(self, pages: int) -> None:
         """Add pages that are through."""
@@ -92,6 +93,7 @@ class Tools:
 
     orders: Orders
     headroom: Headroom
+    mappings: MappingBudget
     steps_ahead: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STEPS_AHEAD))
 
 

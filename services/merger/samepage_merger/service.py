@@ -29,6 +29,7 @@ from samepage_merger.config import Config
 from samepage_merger.domains import Domains
 from samepage_merger.headroom import Headroom
 from samepage_merger.janitor import Janitor
+from samepage_merger.mappings import MappingBudget
 from samepage_merger.memory import HostMemory
 from samepage_merger.merging import MergeEngine
 from samepage_merger.orders import Orders
@@ -91,7 +92,8 @@ class MergerService:
         policies.follow(lambda: stores.limit(policies.current.store_limit_bytes))
         headroom = Headroom(policies, domains.saved_pages, HostMemory().available)
         orders = Orders(config.order_timeout_seconds)
-        engine = MergeEngine(agents.find, Tools(orders, headroom))
+        mappings = MappingBudget(policies, orders)
+        engine = MergeEngine(agents.find, Tools(orders, headroom, mappings))
         self._servicer = MergerServicer(
             config.node_name,
             domains,

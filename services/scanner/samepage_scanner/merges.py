@@ -18,6 +18,7 @@ from samepage_scanner.config import Config
 from samepage_scanner.match import NO_LEADER, Match, Runs, match
 from samepage_scanner.merging import (
     BACKGROUND_PAGES_MAX,
+    DISPLACED,
     GONE,
     NO_HEADROOM,
     REQUEST_PAGES_MAX,
@@ -53,6 +54,7 @@ class Merged:
         """The same for one of the arenas."""
         number = self.arenas.index(arena)
         both = self.zero[number] + self.equal[number]
+        displaced = int(both[DISPLACED])
         shared = arena.pages.count(PageState.SHARED) + self.equal[number, Outcome.MERGED]
         return ShareReport(
             merged=int(both[Outcome.MERGED]),
@@ -61,10 +63,10 @@ class Merged:
             absent=arena.pages.count(PageState.ABSENT) + int(both[Outcome.ABSENT]),
             # The merger will know the arena in a moment: its agent is announcing it anew.
             busy=int(both[Outcome.BUSY] + both[GONE]),
-            no_mapping=int(both[Outcome.NO_MAPPING]),
+            no_mapping=int(both[Outcome.NO_MAPPING]) + displaced,
             unsupported=int(both[Outcome.UNSUPPORTED]),
             unique=int(self.found.unique[number]),
-            shared=int(shared),
+            shared=int(shared) - displaced,
             pages=len(arena.pages),
             no_headroom=int(both[NO_HEADROOM]),
         )

@@ -27,6 +27,7 @@ BACKGROUND_PAGES_MAX = 1 << 13
 # Columns of a Tally: the outcomes, and what the merger does not know.
 GONE = len(Outcome)
 NO_HEADROOM = GONE + 1
+DISPLACED = NO_HEADROOM + 1
 
 _RECONNECT_MS_MAX = 1000
 _OPTIONS = (
@@ -51,8 +52,8 @@ class MergerRefusedError(Exception):
 
 
 def new_tally(arenas: int) -> Tally:
-    """Pages by arena and outcome (the numbers of wire.Outcome, GONE, NO_HEADROOM), all 0."""
-    return np.zeros((arenas, NO_HEADROOM + 1), np.int64)
+    """Pages by arena and outcome (the numbers of wire.Outcome, then those above), all 0."""
+    return np.zeros((arenas, DISPLACED + 1), np.int64)
 
 
 def requests(runs: Runs, pages_max: int = REQUEST_PAGES_MAX) -> Iterator[Runs]:
@@ -211,4 +212,5 @@ def _columns(outcome: merger_pb2.ArenaOutcome) -> tuple[int, ...]:
         outcome.unsupported,
         outcome.gone,
         outcome.no_headroom,
+        outcome.displaced,
     )

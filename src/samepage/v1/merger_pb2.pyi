@@ -121,6 +121,7 @@ class ArenaOutcome(_message.Message):
     UNSUPPORTED_FIELD_NUMBER: _builtins.int
     GONE_FIELD_NUMBER: _builtins.int
     NO_HEADROOM_FIELD_NUMBER: _builtins.int
+    DISPLACED_FIELD_NUMBER: _builtins.int
     arena: _builtins.int
     """Number in MergeRequest.arenas."""
     merged: _builtins.int
@@ -134,6 +135,10 @@ class ArenaOutcome(_message.Message):
     """The arena is gone, or not of this domain."""
     no_headroom: _builtins.int
     """Undoing the merge might not fit into the host's memory: MergerPolicy.headroom_percent."""
+    displaced: _builtins.int
+    """They were shared, and are private again: longer runs needed the mappings
+    (MergerPolicy.vma_budget).
+    """
     def __init__(
         self,
         *,
@@ -147,10 +152,11 @@ class ArenaOutcome(_message.Message):
         unsupported: _builtins.int = ...,
         gone: _builtins.int = ...,
         no_headroom: _builtins.int = ...,
+        displaced: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arena", b"arena", "busy", b"busy", "differs", b"differs", "gone", b"gone", "merged", b"merged", "no_headroom", b"no_headroom", "no_mapping", b"no_mapping", "pinned", b"pinned", "unsupported", b"unsupported"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "arena", b"arena", "busy", b"busy", "differs", b"differs", "displaced", b"displaced", "gone", b"gone", "merged", b"merged", "no_headroom", b"no_headroom", "no_mapping", b"no_mapping", "pinned", b"pinned", "unsupported", b"unsupported"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -612,22 +618,28 @@ class MergerPolicy(_message.Message):
     HEADROOM_PERCENT_FIELD_NUMBER: _builtins.int
     MEMORY_CEILING_BYTES_FIELD_NUMBER: _builtins.int
     STORE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    VMA_BUDGET_FIELD_NUMBER: _builtins.int
     headroom_percent: _builtins.float
     """Share of the bytes that merging saves that must fit into the host's memory, percent; 0 to 100."""
     memory_ceiling_bytes: _builtins.int
     """Bytes of memory that undone merges may count on at most; 0: all that the host has left."""
     store_limit_bytes: _builtins.int
     """Bytes of shared pages that all domains may have together; 0: half of the tmpfs."""
+    vma_budget: _builtins.int
+    """Mappings (VMAs) that sharing may make an arena up of, 16 to 2^30; the longest runs keep them.
+    0: a quarter of vm.max_map_count.
+    """
     def __init__(
         self,
         *,
         headroom_percent: _builtins.float | None = ...,
         memory_ceiling_bytes: _builtins.int | None = ...,
         store_limit_bytes: _builtins.int | None = ...,
+        vma_budget: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__headroom_percent: _TypeAlias = _typing.Literal["headroom_percent"]  # noqa: Y015
     _WhichOneofArgType__headroom_percent: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent"]  # noqa: Y015
@@ -635,12 +647,16 @@ class MergerPolicy(_message.Message):
     _WhichOneofArgType__memory_ceiling_bytes: _TypeAlias = _typing.Literal["_memory_ceiling_bytes", b"_memory_ceiling_bytes"]  # noqa: Y015
     _WhichOneofReturnType__store_limit_bytes: _TypeAlias = _typing.Literal["store_limit_bytes"]  # noqa: Y015
     _WhichOneofArgType__store_limit_bytes: _TypeAlias = _typing.Literal["_store_limit_bytes", b"_store_limit_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__vma_budget: _TypeAlias = _typing.Literal["vma_budget"]  # noqa: Y015
+    _WhichOneofArgType__vma_budget: _TypeAlias = _typing.Literal["_vma_budget", b"_vma_budget"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__headroom_percent) -> _WhichOneofReturnType__headroom_percent | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_ceiling_bytes) -> _WhichOneofReturnType__memory_ceiling_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__store_limit_bytes) -> _WhichOneofReturnType__store_limit_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__vma_budget) -> _WhichOneofReturnType__vma_budget | None: ...
 
 Global___MergerPolicy: _TypeAlias = MergerPolicy  # noqa: Y015
 

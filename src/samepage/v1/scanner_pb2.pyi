@@ -162,7 +162,7 @@ class ShareOutcome(_message.Message):
     busy: _builtins.int
     """The kernel or the agent was too busy; a later pass tries again."""
     no_mapping: _builtins.int
-    """The process is at its limit of mappings (vm.max_map_count, or the arena's budget)."""
+    """No mapping is left: MergerPolicy.vma_budget, or vm.max_map_count."""
     unsupported: _builtins.int
     """The kernel lacks what this needs; `samepage doctor` says what."""
     unique: _builtins.int
