@@ -18,6 +18,7 @@ from samepage.daemon.policies import Policies
 from samepage.daemon.wire import PAGE_SIZE
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
+from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.config import Config
 from samepage_merger.domains import Domain, Domains
 from samepage_merger.headroom import Headroom
@@ -82,6 +83,7 @@ class MergerHost:
         self.engine = MergeEngine(self.agents.find, tools)
         self.unsharer = Unsharer(self.domains, self.orders)
         self.accountant = Accountant("host-a", self.domains, self.orders)
+        self.promoter = Promoter(self.orders)
         self._server = PeerServer(self.path, self.agents, WINDOW_BYTES)
         self._server.start()
         self._ended = False

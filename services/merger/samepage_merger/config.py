@@ -40,6 +40,12 @@ class Config(NetworkSettings):
         Path("/etc/samepage/secret"),
         "File with the cluster's secret, the same on every host, at least 16 bytes.",
     )
+    index: str = setting(
+        "", "gRPC target of the index, host:port, which knows other hosts. Empty: no other hosts."
+    )
+    scanner: str = setting(
+        "", "gRPC target of this host's scanner. Empty: unix:<dir>/scanner-api.sock."
+    )
     store_dir: Path | None = setting(
         None,
         "Directory on a tmpfs for the shared pages, this merger's alone; made if missing. "
@@ -93,7 +99,7 @@ class Config(NetworkSettings):
             bool(_NODE.fullmatch(self.node_name)),
             f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
         )
-        self.check_network([self.listen])
+        self.check_network([self.listen], [self.index, self.scanner])
         require(self.store_limit_bytes >= 0, "store_limit_bytes must be 0 or more")
         require(
             0 <= self.headroom_percent <= 100,
@@ -113,6 +119,11 @@ class Config(NetworkSettings):
     def node_name(self) -> str:
         """The host's name."""
         return self.node or socket.gethostname()
+
+    @property
+    def scanner_target(self) -> str:
+        """`scanner`, or the scanner's socket in `dir`."""
+        return self.scanner or f"unix:{self.dir}/scanner-api.sock"
 
     @property
     def store_path(self) -> Path:

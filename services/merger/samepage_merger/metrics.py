@@ -11,6 +11,9 @@ from prometheus_client.core import Metric
 from samepage.daemon import wire
 from samepage.daemon.metrics import counter, gauge, histogram
 from samepage_merger.agents import Agents
+from samepage_merger.cluster.fetch import Fetcher
+from samepage_merger.cluster.hosts import Hosts
+from samepage_merger.cluster.pages import PagesServicer
 from samepage_merger.domains import Domain, Domains, State
 from samepage_merger.merging import MergeEngine
 from samepage_merger.pairs import OUTCOME_NAMES
@@ -24,7 +27,13 @@ _STALL_SECONDS = [8e-6 * 2**bucket for bucket in range(wire.STALL_BUCKETS - 1)]
 
 
 def collect(
-    domains: Domains, stores: StoreDirectory, agents: Agents, engine: MergeEngine
+    domains: Domains,
+    stores: StoreDirectory,
+    agents: Agents,
+    engine: MergeEngine,
+    hosts: Hosts,
+    fetcher: Fetcher,
+    pages: PagesServicer,
 ) -> Iterable[Metric]:
     """Return what there is to tell now."""
     yield from _agents(domains, agents)
@@ -35,6 +44,7 @@ def collect(
         stores.limit_bytes,
     )
     yield from _work(list(domains), agents, engine)
+    yield from _cluster(list(domains), hosts, fetcher, pages)
 
 
 def _agents(domains: Domains, agents: Agents) -> Iterable[Metric]:
@@ -121,4 +131,31 @@ def _work(domains: list[Domain], agents: Agents, engine: MergeEngine) -> Iterabl
         "How long threads of applications waited for a page, as their agents say.",
         _STALL_SECONDS,
         agents.stalls,
+    )
+
+
+def _cluster(
+    domains: list[Domain], hosts: Hosts, fetcher: Fetcher, pages: PagesServicer
+) -> Iterable[Metric]:
+    yield gauge(
+        "samepage_merger_held_pages",
+        "Pages that are held for other hosts, each as often as it is held.",
+        sum(len(domain.holds) for domain in domains),
+    )
+    yield counter("samepage_merger_sent_pages", "Pages sent to other hosts.", pages.sent)
+    yield counter(
+        "samepage_merger_fetched_pages",
+        "Pages fetched from other hosts, and what their digests said.",
+        {"good": fetcher.counts.fetched, "wrong": fetcher.counts.wrong},
+        "digest",
+    )
+    yield counter(
+        "samepage_merger_slow_fetches",
+        "Times that pages were asked of a second host, since the first was slow.",
+        fetcher.counts.slow,
+    )
+    yield gauge(
+        "samepage_merger_avoided_hosts",
+        "Hosts that are asked for no pages now: they sent wrong ones, or did not answer.",
+        sum(host.avoided for host in hosts.all()),
     )

@@ -21,10 +21,17 @@ from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import Health
-from samepage.v1 import merger_pb2, merger_pb2_grpc
+from samepage.daemon.tls import Tls
+from samepage.v1 import merger_pb2, merger_pb2_grpc, pages_pb2, pages_pb2_grpc
 from samepage_merger import metrics
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
+from samepage_merger.cluster.fetch import Fetcher
+from samepage_merger.cluster.hosts import Hosts
+from samepage_merger.cluster.local import Local
+from samepage_merger.cluster.locator import Locator
+from samepage_merger.cluster.pages import PagesServicer
+from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.config import Config
 from samepage_merger.domains import Domains
 from samepage_merger.headroom import Headroom
@@ -55,10 +62,18 @@ class MergerService:
         self._config = config
         self._resources = contextlib.ExitStack()
         self._servicer: MergerServicer | None = None
+        self._pages: PagesServicer | None = None
+        self._locator: Locator | None = None
+        self._hosts: Hosts | None = None
         self._collect: Callable[[], Iterable[Metric]] | None = None
         self._janitor: asyncio.Task[None] | None = None
         self.listen = (config.listen, f"{UNIX}{config.dir / API_SOCKET}")
-        self.health = Health([merger_pb2.DESCRIPTOR.services_by_name["Merger"].full_name])
+        self.health = Health(
+            [
+                merger_pb2.DESCRIPTOR.services_by_name["Merger"].full_name,
+                pages_pb2.DESCRIPTOR.services_by_name["Pages"].full_name,
+            ]
+        )
         self.drain_seconds = config.drain_seconds
         self.ready_file: Path | None = config.ready_file
         self.reflection = config.reflection
@@ -67,8 +82,9 @@ class MergerService:
         self.health_listen = config.health_listen
 
     def register(self, server: grpc.aio.Server) -> None:
-        """Add the servicer; `start` comes first."""
-        assert self._servicer is not None
+        """Add the servicers; `start` comes first."""
+        assert self._servicer is not None and self._pages is not None
+        pages_pb2_grpc.add_PagesServicer_to_server(self._pages, server)
         merger_pb2_grpc.add_MergerServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:
@@ -104,7 +120,15 @@ class MergerService:
             headroom,
             policies,
         )
-        self._collect = functools.partial(metrics.collect, domains, stores, agents, engine)
+        self._locator = Locator(config.scanner_target, agents.find)
+        self._hosts = Hosts(config.node_name, config.index, Tls.of(config.tls_files))
+        fetcher = Fetcher(self._hosts)
+        self._pages = PagesServicer(  # type: ignore[abstract]
+            domains, Local(self._locator, Promoter(orders))
+        )
+        self._collect = functools.partial(
+            metrics.collect, domains, stores, agents, engine, self._hosts, fetcher, self._pages
+        )
         self._start_peers(agents)
         self._janitor = asyncio.ensure_future(janitor.run_forever())
         self._janitor.add_done_callback(self._janitor_ended)
@@ -117,13 +141,19 @@ class MergerService:
         return self._collect()
 
     async def drain(self) -> None:
-        """Nothing to end: calls in flight finish their steps."""
+        """End the streams of other mergers; other calls in flight finish their steps."""
+        if self._pages is not None:
+            self._pages.drain()
 
     async def close(self) -> None:
         """Let go of the agents, and of what no process maps."""
         if self._janitor is not None:
             self._janitor.cancel()
             await asyncio.wait({self._janitor})
+        if self._hosts is not None:
+            await self._hosts.close()
+        if self._locator is not None:
+            await self._locator.close()
         self._resources.close()
 
     def _janitor_ended(self, janitor: asyncio.Task[None]) -> None:

@@ -167,7 +167,7 @@ class LocalCluster:
     async def _start(self) -> None:
         index = self._index_child()
         await self._start_group([index])
-        mergers = [self._merger_child(name) for name in self._names]
+        mergers = [self._merger_child(name, index.address) for name in self._names]
         await self._start_group(mergers)
         scanners = [
             self._scanner_child(name, index.address, merger.address)
@@ -237,8 +237,9 @@ class LocalCluster:
     def _prefix(self, host: str) -> tuple[str, ...]:
         return () if self._network is None else tuple(self._network.command(host))
 
-    def _merger_child(self, host: str) -> Child:
+    def _merger_child(self, host: str, index: str) -> Child:
         settings = {
+            "INDEX": index,
             "STORE_DIR": str(self.store(host)),
             "SECRET_FILE": str(self._secret),
         }

@@ -72,6 +72,4 @@ class Locator:
             if arena is None or arena.domain is not domain:
                 continue
             mine = places[(places["arena"] == number) & (places["page"] < arena.pages)]
-            yield Places(
-                arena, mine["number"].astype(np.intp) + low, mine["page"].astype(np.int64)
-            )
+            yield Places(arena, mine["number"].astype(np.intp) + low, mine["page"].astype(np.int64))

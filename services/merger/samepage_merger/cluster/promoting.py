@@ -15,16 +15,16 @@ import numpy as np
 from samepage.daemon import wire
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import PAGE_SIZE, Outcome
-from samepage_merger.cluster.catalog import keys_of
+from samepage_merger.cluster.away import Digests, Mask
 from samepage_merger.cluster.digests import (
     ZERO_PAGE,
-    Digests,
     Fingerprints,
     are_zero,
     equal,
     fingerprints,
     in_thread,
 )
+from samepage_merger.cluster.keys import keys_of
 from samepage_merger.domains import Arena
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
@@ -85,8 +85,7 @@ class Promoter:
         digester = arena.domain.digester
 
         def hash_all() -> tuple[Digests, Fingerprints]:
-            made = fingerprints(seed, data if seed is not None else b"") if seed else None
-            return digester.pages(data), made if made is not None else np.empty((0, 16), np.uint8)
+            return digester.pages(data), fingerprints(seed or 0, data if seed is not None else b"")
 
         return PageBytes(outcomes, data, *await in_thread(hash_all, pages.size))
 
@@ -111,26 +110,26 @@ class Promoter:
             StoreFullError: the store has no room.
         """
         domain = arena.domain
-        async with arena.promoting:
-            read = await self.read(arena, pages, seed)
-            good = (read.outcomes == Outcome.MERGED) & (arena.map.slots(pages) == PRIVATE)
-            if wanted is not None:
-                good &= equal(read.digests, wanted)
-            stored = good & ~are_zero(read.digests)
-            slots = domain.store.reserve(pages.size) + np.arange(pages.size)
-            hold = domain.books.add(slots)
-            try:
+        slots = domain.store.reserve(pages.size) + np.arange(pages.size)
+        hold = domain.books.add(slots)
+        try:
+            async with arena.promoting:
+                read = await self.read(arena, pages, seed)
+                good = (read.outcomes == Outcome.MERGED) & (arena.map.slots(pages) == PRIVATE)
+                if wanted is not None:
+                    good &= equal(read.digests, wanted)
+                stored = good & ~are_zero(read.digests)
                 _write(arena, slots[stored], stored, read.data)
                 slots = np.where(stored, slots, PRIVATE)
                 outcomes = read.outcomes.copy()
                 outcomes[good] = await self._orders.replace(arena, pages[good], slots[good])
-                domain.catalog.add(keys_of(read.digests[stored]), slots[stored])
-                yield Promoted(read, slots, outcomes)
-            finally:
-                domain.free(domain.books.release(hold))
+            domain.catalog.add(keys_of(read.digests[stored]), slots[stored])
+            yield Promoted(read, slots, outcomes)
+        finally:
+            domain.free(domain.books.release(hold))
 
 
-def _write(arena: Arena, slots: Int64s, chosen: np.ndarray, data: bytearray) -> None:  # type: ignore[type-arg]
+def _write(arena: Arena, slots: Int64s, chosen: Mask, data: bytearray) -> None:
     """Fill slots with those pages of `data` that were chosen, run by run."""
     store = arena.domain.store
     if store.room(slots.size) < slots.size:

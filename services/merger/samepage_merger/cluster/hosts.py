@@ -1,0 +1,264 @@
+"""The other hosts' mergers: who there is, as the index says, and the way to each.
+
+Theory. A Fetch stream is kept open to each holder that is asked, so that one page costs one message
+each way. A stream carries one request at a time, and belongs to whoever waits for its answer; when
+that one is cancelled, or the answer is late, the stream ends with it. So an answer can never reach
+somebody else, and several requests at a time are several streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+
+import grpc
+import numpy as np
+import structlog
+
+from samepage.daemon.roles import Role
+from samepage.daemon.tls import Channels, Tls
+from samepage.v1 import index_pb2, index_pb2_grpc, pages_pb2, pages_pb2_grpc
+from samepage_merger.cluster.away import Mask
+from samepage_merger.cluster.digests import Fingerprints
+
+LOOKUP_MAX = 1 << 16
+
+_INDEX_SECONDS = 5.0
+_TABLE_SECONDS = 2.0
+_STREAMS_KEPT = 4
+_AVOID_SECONDS = 300.0
+_REST_SECONDS = 0.5
+_REST_MAX_SECONDS = 10.0
+_OPTIONS = (
+    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+)
+
+Stream = grpc.aio.StreamStreamCall[pages_pb2.FetchRequest, pages_pb2.FetchResponse]
+
+log = structlog.get_logger(__name__)
+
+
+class HostAwayError(Exception):
+    """A host does not answer, or not as it should: `args[0]` says why."""
+
+
+class Host:
+    """One other host's merger.
+
+    Attributes:
+        name: in the index.
+        address: of its merger.
+        lies: pages it sent that did not have their digest.
+    """
+
+    def __init__(self, name: str, address: str, channels: Channels) -> None:
+        self.name = name
+        self.address = address
+        self.lies = 0
+        self._channels = channels
+        self._idle: list[tuple[grpc.aio.Channel, Stream]] = []
+        self._avoided_until = 0.0
+        self._rest = _REST_SECONDS
+
+    @property
+    def avoided(self) -> bool:
+        """Whether it lied, or did not answer, not long ago."""
+        return time.monotonic() < self._avoided_until
+
+    @property
+    def stub(self) -> pages_pb2_grpc.PagesAsyncStub:
+        """For every call but Fetch; take it anew for each."""
+        return pages_pb2_grpc.PagesStub(self._channels.get(self.address))
+
+    async def fetch(
+        self, request: pages_pb2.FetchRequest, seconds: float
+    ) -> pages_pb2.FetchResponse:
+        """Ask for pages.
+
+        Raises:
+            HostAwayError: it did not answer in time, or sent what is no answer.
+        """
+        channel = self._channels.get(self.address)
+        try:
+            async with asyncio.timeout(seconds):
+                response = await self._ask(channel, request)
+        except TimeoutError:
+            raise self._away("it does not answer") from None
+        if len(response.found) * 32 != len(request.digests) or len(response.pages) != 4096 * sum(
+            response.found
+        ):
+            self.lied(1, "an answer of the wrong length")
+            raise HostAwayError("it sent an answer of the wrong length")
+        self._rest = _REST_SECONDS
+        return response
+
+    def lied(self, pages: int, why: str) -> None:
+        """Count pages that did not have their digest, and avoid the host for a while."""
+        self.lies += pages
+        self._avoided_until = time.monotonic() + _AVOID_SECONDS
+        log.error(
+            "a holder sends wrong pages: it is avoided for a while; see whether its memory, or the"
+            " network, is broken, and who runs it",
+            host=self.name,
+            address=self.address,
+            pages=pages,
+            why=why,
+        )
+
+    def close(self) -> None:
+        """End the streams."""
+        while self._idle:
+            self._idle.pop()[1].cancel()
+
+    async def _ask(
+        self, channel: grpc.aio.Channel, request: pages_pb2.FetchRequest
+    ) -> pages_pb2.FetchResponse:
+        while self._idle:
+            of, stream = self._idle.pop()
+            if of is channel:
+                try:
+                    return await self._ask_on(channel, stream, request)
+                except (grpc.aio.AioRpcError, EOFError, asyncio.InvalidStateError):
+                    # It ended while nobody used it, which says nothing of the host as it is now.
+                    continue
+            stream.cancel()
+        stream = pages_pb2_grpc.PagesStub(channel).Fetch()
+        try:
+            return await self._ask_on(channel, stream, request)
+        except EOFError:
+            raise self._away("it ended the stream") from None
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
+            details = error.details() if isinstance(error, grpc.aio.AioRpcError) else None
+            raise self._away(details or str(error)) from error
+
+    async def _ask_on(
+        self, channel: grpc.aio.Channel, stream: Stream, request: pages_pb2.FetchRequest
+    ) -> pages_pb2.FetchResponse:
+        answered = False
+        try:
+            await stream.write(request)
+            response = await stream.read()
+            if not isinstance(response, pages_pb2.FetchResponse):
+                raise EOFError
+            answered = True
+        finally:
+            if answered and len(self._idle) < _STREAMS_KEPT:
+                self._idle.append((channel, stream))
+            else:
+                stream.cancel()
+        return response
+
+    def _away(self, why: str) -> HostAwayError:
+        self._avoided_until = time.monotonic() + self._rest
+        self._rest = min(2 * self._rest, _REST_MAX_SECONDS)
+        log.info("a host is away", host=self.name, address=self.address, why=why)
+        return HostAwayError(why)
+
+
+class Hosts:
+    """The hosts of the cluster, by the index.
+
+    Args:
+        own: this host's name, which is never among the others.
+        index: the index's gRPC target. Empty: there are no others.
+        tls: None: without.
+    """
+
+    def __init__(self, own: str, index: str, tls: Tls | None = None) -> None:
+        self.own = own
+        self._index = index
+        self._index_channels = Channels(Role.INDEX, tls, (("grpc.max_receive_message_length", -1),))
+        self._channels = Channels(Role.MERGER, tls, _OPTIONS)
+        self._hosts: dict[str, Host] = {}
+        self._live: frozenset[str] = frozenset()
+        self._asked_at = float("-inf")
+
+    def all(self) -> list[Host]:
+        """Return every host that was ever heard of."""
+        return list(self._hosts.values())
+
+    async def find(self, name: str) -> Host | None:
+        """Return a host by its name, if it has a lease.
+
+        Raises:
+            HostAwayError: it is not known, and the index does not answer.
+        """
+        known = self._hosts.get(name)
+        if known is not None and name in self._live:
+            return known
+        return (await self.live()).get(name)
+
+    async def live(self) -> dict[str, Host]:
+        """Return all other hosts that hold a lease, as the index said a moment ago.
+
+        Raises:
+            HostAwayError: the index does not answer.
+        """
+        if not self._index:
+            raise HostAwayError("this merger has no index: set its `index`")
+        if time.monotonic() >= self._asked_at + _TABLE_SECONDS:
+            stub = index_pb2_grpc.IndexStub(self._index_channels.get(self._index))
+            try:
+                answer = await stub.ListHosts(index_pb2.ListHostsRequest(), timeout=_INDEX_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                raise HostAwayError(f"the index is away: {error.details()}") from error
+            self._live = frozenset(host.name for host in self._learn(answer.hosts))
+            self._asked_at = time.monotonic()
+        return {name: self._hosts[name] for name in self._live}
+
+    def known(self, names: Iterable[str]) -> list[Host]:
+        """Return those of the hosts that were ever heard of."""
+        return [self._hosts[name] for name in names if name in self._hosts]
+
+    async def holders(self, domain_id: bytes, fingerprints: Fingerprints) -> dict[Host, Mask]:
+        """Return which other host has which fingerprints, by the index: a hint.
+
+        Raises:
+            HostAwayError: the index does not answer.
+        """
+        held: dict[Host, Mask] = {}
+        if not self._index:
+            return held
+        stub = index_pb2_grpc.IndexStub(self._index_channels.get(self._index))
+        for low in range(0, len(fingerprints), LOOKUP_MAX):
+            packed = fingerprints[low : low + LOOKUP_MAX].tobytes()
+            request = index_pb2.LookupRequest(domain_id=domain_id, fingerprints=packed)
+            try:
+                answer = await stub.Lookup(request, timeout=_INDEX_SECONDS)
+            except grpc.aio.AioRpcError as error:
+                raise HostAwayError(f"the index is away: {error.details()}") from error
+            pairs = np.frombuffer(answer.holders, "<u4").reshape(-1, 2)
+            self._learn(answer.hosts)
+            for number, each in enumerate(answer.hosts):
+                host = self._hosts.get(each.name)
+                mine = pairs[pairs[:, 1] == number, 0]
+                if host is not None and mine.size:
+                    mask = held.setdefault(host, np.zeros(len(fingerprints), np.bool_))
+                    mask[mine + low] = True
+        return held
+
+    async def close(self) -> None:
+        """Let go of all connections."""
+        for host in self._hosts.values():
+            host.close()
+        await self._channels.close()
+        await self._index_channels.close()
+
+    def _learn(self, seen: Iterable[index_pb2.Host]) -> list[Host]:
+        """Note where hosts are; return those that other hosts can reach."""
+        learnt = []
+        for each in seen:
+            if each.name == self.own or not each.merger_address:
+                continue
+            host = self._hosts.get(each.name)
+            if host is None:
+                host = Host(each.name, each.merger_address, self._channels)
+                self._hosts[each.name] = host
+            elif host.address != each.merger_address:
+                host.close()
+                host.address = each.merger_address
+            learnt.append(host)
+        return learnt

@@ -1,0 +1,193 @@
+"""Serves pages to the mergers of other hosts: converts, and delegates."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator
+from typing import Any, NoReturn
+
+import grpc
+import numpy as np
+
+from samepage.daemon.secrets import DOMAIN_ID_BYTES
+from samepage.daemon.wire import DIGEST_BYTES
+from samepage.v1 import pages_pb2, pages_pb2_grpc
+from samepage_merger.cluster.away import Digests
+from samepage_merger.cluster.digests import (
+    FINGERPRINT_BYTES,
+    Fingerprints,
+    are_zero,
+    parse_digests,
+    parse_fingerprints,
+)
+from samepage_merger.cluster.keys import keys_of
+from samepage_merger.cluster.local import Local
+from samepage_merger.domains import Domains
+from samepage_merger.pagemap import PRIVATE
+from samepage_merger.store import StoreFullError
+
+FETCH_MAX = 256
+HOLD_MAX = 4096
+
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
+
+Context = grpc.aio.ServicerContext[Any, Any]
+
+
+class BadRequestError(Exception):
+    """INVALID_ARGUMENT, and why."""
+
+
+class PagesServicer(pages_pb2_grpc.PagesServicer):
+    """Serves samepage.v1.Pages.
+
+    Attributes:
+        sent: pages sent so far.
+    """
+
+    def __init__(self, domains: Domains, local: Local) -> None:
+        self._domains = domains
+        self._local = local
+        self._streams: set[asyncio.Task[Any]] = set()
+        self.sent = 0
+
+    def drain(self) -> None:
+        """End the streams that other hosts keep open."""
+        for stream in self._streams:
+            stream.cancel()
+
+    async def Fetch(
+        self, request_iterator: AsyncIterator[pages_pb2.FetchRequest], context: Context
+    ) -> AsyncIterator[pages_pb2.FetchResponse]:
+        """Pages, one response a request."""
+        stream = asyncio.current_task()
+        assert stream is not None
+        self._streams.add(stream)
+        try:
+            async for request in request_iterator:
+                yield await self._fetched(request)
+        except BadRequestError as error:
+            await _abort(context, str(error))
+        finally:
+            self._streams.discard(stream)
+
+    async def _fetched(self, request: pages_pb2.FetchRequest) -> pages_pb2.FetchResponse:
+        domain = self._domains.find(request.domain_id)
+        if len(request.digests) == DIGEST_BYTES and domain is not None:
+            # Somebody waits for it: no arrays, and no thread.
+            page = domain.catalog.page(request.digests)
+            if page is not None and any(request.digests):
+                self.sent += 1
+                return pages_pb2.FetchResponse(found=b"\1", pages=page)
+        digests, fingerprints = _checked(
+            request.domain_id, request.digests, request.fingerprints, FETCH_MAX
+        )
+        if domain is None:
+            return pages_pb2.FetchResponse(found=bytes(len(digests)))
+        found, pages = await self._local.pages(domain, digests, fingerprints)
+        self.sent += int(np.count_nonzero(found))
+        return pages_pb2.FetchResponse(found=found.tobytes(), pages=pages)
+
+    async def Hold(
+        self, request: pages_pb2.HoldRequest, context: Context
+    ) -> pages_pb2.HoldResponse:
+        """Keep pages for another host."""
+        try:
+            digests, fingerprints = _checked(
+                request.domain_id, request.digests, request.fingerprints, HOLD_MAX
+            )
+            owner, seconds = _owner(request.owner), _lease(request.lease_ms)
+        except BadRequestError as error:
+            await _abort(context, str(error))
+        domain = self._domains.find(request.domain_id)
+        held = are_zero(digests)
+        if domain is not None:
+            async with self._local.slots(domain, digests, fingerprints) as slots:
+                mine = slots != PRIVATE
+                try:
+                    lease = domain.holds.extend(owner, seconds)
+                    domain.holds.grant(lease, keys_of(digests[mine]), slots[mine])
+                    held |= mine
+                except StoreFullError:
+                    domain.store.room(1)
+        return pages_pb2.HoldResponse(held=held.tobytes())
+
+    async def Renew(
+        self, request: pages_pb2.RenewRequest, context: Context
+    ) -> pages_pb2.RenewResponse:
+        """Hold everything for longer."""
+        try:
+            owner, seconds = _owner(request.owner), _lease(request.lease_ms)
+        except BadRequestError as error:
+            await _abort(context, str(error))
+        holds = 0
+        for domain in self._domains:
+            lease = domain.holds.lease(owner)
+            if lease is not None:
+                try:
+                    domain.holds.extend(owner, seconds)
+                except StoreFullError:
+                    text = "the store has no room to note it: free some memory"
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
+                holds += len(lease.slots)
+        return pages_pb2.RenewResponse(holds=holds)
+
+    async def Release(
+        self, request: pages_pb2.ReleaseRequest, context: Context
+    ) -> pages_pb2.ReleaseResponse:
+        """Keep pages no longer."""
+        try:
+            digests, _ = _checked(request.domain_id, request.digests, b"", HOLD_MAX)
+            owner = _owner(request.owner)
+        except BadRequestError as error:
+            await _abort(context, str(error))
+        domain = self._domains.find(request.domain_id)
+        lease = domain.holds.lease(owner) if domain is not None else None
+        if domain is not None and lease is not None:
+            number, slots = domain.catalog.candidates(keys_of(digests))
+            mine = lease.slots.contains(slots)
+            number, slots = number[mine], slots[mine]
+            good = await domain.catalog.verify(digests[number], slots)
+            domain.holds.release(lease, slots[good])
+        return pages_pb2.ReleaseResponse()
+
+
+def _checked(
+    domain_id: bytes, digests: bytes, fingerprints: bytes, most: int
+) -> tuple[Digests, Fingerprints]:
+    """Return the digests and fingerprints of a request.
+
+    Raises:
+        BadRequestError: a length is wrong.
+    """
+    if len(domain_id) != DOMAIN_ID_BYTES:
+        raise BadRequestError(f"domain_id has {len(domain_id)} bytes instead of {DOMAIN_ID_BYTES}")
+    count, rest = divmod(len(digests), DIGEST_BYTES)
+    if rest or not 1 <= count <= most:
+        raise BadRequestError(
+            f"digests has {len(digests)} bytes: give 1 to {most}, of {DIGEST_BYTES} bytes each"
+        )
+    if fingerprints and len(fingerprints) != count * FINGERPRINT_BYTES:
+        raise BadRequestError(
+            f"fingerprints has {len(fingerprints)} bytes: give one of {FINGERPRINT_BYTES} bytes"
+            f" for each of the {count} digests, or none at all"
+        )
+    return parse_digests(digests), parse_fingerprints(fingerprints)
+
+
+def _owner(name: str) -> str:
+    if not _HOST.fullmatch(name):
+        raise BadRequestError(f"owner must be 1 to 253 of A-Z a-z 0-9 . _ -, not {name[:80]!r}")
+    return name
+
+
+def _lease(lease_ms: int) -> float:
+    if not lease_ms:
+        raise BadRequestError("lease_ms must be 1 or more")
+    return lease_ms / 1000
+
+
+async def _abort(context: Context, text: str) -> NoReturn:
+    await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+    raise AssertionError("abort() raises")
