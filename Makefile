@@ -37,7 +37,8 @@ demo: $(STAMPS)/services native ## Two hosts on this machine share the memory of
 	@$(BIN)/samepage demo $(DEMO_ARGS)
 
 .PHONY: test
-test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(if $(GO),go-client) ## Run every test (PYTEST_ARGS="-k share" for some)
+test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(STAMPS)/checkov \
+    $(if $(GO),go-client $(STAMPS)/chart-tools) ## Run every test (PYTEST_ARGS="-k share" for some)
 	@echo "==> running the Python tests"
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
@@ -83,6 +84,35 @@ configs: $(STAMPS)/dev ## Write deploy/config/*.toml from the services' settings
 configs-check: $(STAMPS)/dev ## Check that deploy/config/*.toml say every setting
 	@echo "==> checking the sample configurations"
 	@$(BIN)/python tools/sample-configs --check
+
+.PHONY: images
+images: ## Build the container images, with buildah or docker (see tools/images)
+	@tools/images
+
+.PHONY: image-constraints
+image-constraints: $(STAMPS)/venv ## Write down the newest versions of what the images hold
+	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(PYTHON) -m venv "$$out/venv"; \
+	"$$out/venv/bin/pip" --disable-pip-version-check --quiet install '.[services]' hatchling; \
+	{ echo "# What the images are built from: written by 'make image-constraints'."; \
+	"$$out/venv/bin/pip" freeze --exclude samepage; } > deploy/images/constraints.txt
+
+.PHONY: chart-docs
+chart-docs: $(STAMPS)/dev ## Write the chart's schema and README table from its values.yaml
+	@$(BIN)/python tools/chart-docs
+
+.PHONY: chart-docs-check
+chart-docs-check: $(STAMPS)/dev ## Check that the chart's schema and README are what values.yaml gives
+	@echo "==> checking the chart's schema and README"
+	@$(BIN)/python tools/chart-docs --check
+
+.PHONY: manifests
+manifests: $(STAMPS)/chart-tools ## Write deploy/k8s from the chart
+	@tools/manifests $(GO_BIN)/helm
+
+.PHONY: manifests-check
+manifests-check: $(STAMPS)/chart-tools ## Check that deploy/k8s is what the chart gives
+	@echo "==> checking the manifests"
+	@tools/manifests $(GO_BIN)/helm --check
 
 .PHONY: native
 native: $(STAMPS)/system-build ## Build libsamepage
@@ -134,6 +164,22 @@ $(STAMPS)/go-tools: tests/clients/tools/go.mod tests/clients/tools/go.sum
 	@echo "==> building grpcurl and protoc's plugins for Go"
 	@mkdir -p $(GO_BIN) $(@D)
 	@GOBIN=$(GO_BIN) CGO_ENABLED=0 $(GO) -C tests/clients/tools install -ldflags='-s -w' tool
+	@touch $@
+
+# The Kubernetes version that helm takes when it sees no cluster.
+HELM_FLAGS := $(foreach part,Major=1 Minor=36,-X helm.sh/helm/v3/pkg/chartutil.k8sVersion$(part) \
+    -X helm.sh/helm/v3/pkg/lint/rules.k8sVersion$(part))
+$(STAMPS)/chart-tools: deploy/helm/tools/go.mod deploy/helm/tools/go.sum
+	@echo "==> building helm and kustomize"
+	@mkdir -p $(GO_BIN) $(@D)
+	@GOBIN=$(GO_BIN) CGO_ENABLED=0 $(GO) -C deploy/helm/tools install -ldflags='-s -w $(HELM_FLAGS)' tool
+	@touch $@
+
+# In an environment of its own: it pins many packages.
+$(STAMPS)/checkov: | $(STAMPS)/venv
+	@echo "==> installing checkov into $(VENV)/checkov"
+	@$(PYTHON) -m venv $(VENV)/checkov
+	@$(VENV)/checkov/bin/pip --disable-pip-version-check --quiet install 'checkov>=3.2'
 	@touch $@
 
 # Go's package of a file is said here, so that proto/ needs to know nothing of Go.

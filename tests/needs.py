@@ -74,6 +74,11 @@ def go() -> str | None:
     return shutil.which("go") or shutil.which("go", path="/usr/local/go/bin")
 
 
+def _installed(*place: str) -> Callable[[], bool]:
+    """Whether make installed a program here, next to this Python."""
+    return Path(sys.prefix, *place).exists
+
+
 def _thp() -> bool:
     enabled = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     return enabled.exists() and "[never]" not in enabled.read_text()
@@ -106,6 +111,13 @@ NEEDS = {
     "root": Need(_root, False, "not run as root"),
     "redis": Need(lambda: shutil.which("redis-server") is not None, False, "no redis-server"),
     "go": Need(lambda: go() is not None, False, "no Go"),
+    "buildah": Need(
+        lambda: all(map(shutil.which, ("buildah", "mmdebstrap"))), False, "no buildah, mmdebstrap"
+    ),
+    "chart_tools": Need(_installed("go", "bin", "helm"), False, "no helm (make test builds it)"),
+    "checkov": Need(
+        _installed("checkov", "bin", "checkov"), False, "no checkov (make test has it)"
+    ),
     "gcc": Need(lambda: shutil.which("gcc") is not None, False, "no gcc"),
 }
 
