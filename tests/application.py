@@ -350,6 +350,40 @@ class Served:
             if view[page * PAGE : (page + 1) * PAGE] != expected[page * PAGE : (page + 1) * PAGE]
         ]
 
+    def touch(self, name: str, pages: list[int], threads: int) -> list[int]:
+        """Read pages in several threads, each all of them from a place of its own on; those that
+        are zero."""
+        view = self.views[name]
+
+        def read(start: int) -> list[int]:
+            order = pages[start:] + pages[:start]
+            return [at for at in order if not any(view[at * PAGE : at * PAGE + 64])]
+
+        with concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            starts = [number * len(pages) // threads for number in range(threads)]
+            return sorted({page for zero in pool.map(read, starts) for page in zero})
+
+    def fetch(
+        self, name: str, offset: int = 0, size: int | None = None, timeout: float = 30
+    ) -> None:
+        """Bring away pages back."""
+        self.arenas[name].fetch(offset, size, timeout)
+
+    def fetch_read(self, name: str, offset: int, size: int) -> str:
+        """Read by the client's own call; in hex."""
+        return self.arenas[name].read(offset, size).hex()
+
+    def read_by_kernel(self, name: str, page: int, pages: int) -> str:
+        """Have the kernel read pages, for a system call; in hex."""
+        reader, writer = os.pipe()
+        data = b""
+        for at in range(page, page + pages):
+            assert os.write(writer, self.views[name][at * PAGE : (at + 1) * PAGE]) == PAGE
+            data += os.read(reader, PAGE)
+        os.close(reader)
+        os.close(writer)
+        return data.hex()
+
     def reserve(self, pages: int) -> int:
         """Return where so many addresses are that nothing else uses."""
         import ctypes

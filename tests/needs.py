@@ -54,8 +54,8 @@ def userfaultfd_features() -> int:
     return features
 
 
-def _userfaultfd(bit: int) -> Callable[[], bool]:
-    return lambda: bool(userfaultfd_features() & (1 << bit))
+def _userfaultfd(*bits: int) -> Callable[[], bool]:
+    return lambda: all(userfaultfd_features() & (1 << bit) for bit in bits)
 
 
 @functools.cache
@@ -104,6 +104,9 @@ NEEDS = {
     "pagemap_scan": Need(_userfaultfd(15), True, "no PAGEMAP_SCAN with WP_ASYNC (Linux 6.7)"),
     "tracking": Need(_userfaultfd(15), True, "no write-protect-async faults (Linux 6.7)"),
     "discard": Need(_userfaultfd(10), True, "no minor faults on tmpfs (Linux 5.14)"),
+    "away": Need(
+        _userfaultfd(2, 10, 12, 14, 16), True, "no UFFDIO_MOVE or UFFDIO_POISON (Linux 6.8)"
+    ),
     "io_uring": Need(_io_uring, True, "no io_uring"),
     "ksm": Need(Path("/sys/kernel/mm/ksm/run").exists, True, "no kernel samepage merging"),
     "thp": Need(_thp, True, "no transparent huge pages"),

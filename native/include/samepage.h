@@ -37,7 +37,8 @@ enum sp_feature {
 	SP_FEATURE_POISON = 1 << 4,	 /* UFFDIO_POISON (6.6) */
 	SP_FEATURE_PAGEMAP_SCAN = 1 << 5, /* PAGEMAP_SCAN (6.7) */
 	SP_FEATURE_TRACKING = 1 << 6,	  /* writes are followed: with WP_ASYNC (6.7) */
-	SP_FEATURE_DISCARD = 1 << 7	  /* discarded shared pages are zero, as private ones (5.14) */
+	SP_FEATURE_DISCARD = 1 << 7,	  /* discarded shared pages are zero, as private ones (5.14) */
+	SP_FEATURE_AWAY = 1 << 8	  /* pages can be on other hosts: all of the above but 5 and 6 */
 };
 
 /* Pages by what one sp_arena_share() did to them. */
@@ -61,7 +62,7 @@ struct sp_arena_stats {
 	uint64_t private_pages;
 	uint64_t shared_pages;
 	uint64_t absent_pages;
-	uint64_t evicted_pages;
+	uint64_t evicted_pages; /* their bytes are not on this host */
 	uint64_t saved_bytes; /* for each shared page 4096 * (1 - 1/sharers); 0 when the merger is
 				 away */
 };
@@ -69,7 +70,7 @@ struct sp_arena_stats {
 /* Bits of enum sp_feature that this process can use. `dir` is the daemons' socket directory and
  * may be NULL: then only what the process can open by itself counts. SAMEPAGE_DISABLE in the
  * environment, a comma-separated list of userfaultfd, move, wp_tmpfs, remap, poison, pagemap_scan,
- * tracking and discard, takes features away. */
+ * tracking, discard and away, takes features away. */
 uint32_t sp_probe(const char *dir);
 
 /* What went wrong in this thread's last failed call: a sentence, never NULL. */
@@ -80,7 +81,8 @@ const char *sp_error(void);
  * no protocol version that both speak. -ETIMEDOUT: it did not answer. */
 int sp_connect(const char *dir, struct sp_node **node);
 
-/* End the connection. Arenas that are still open are closed first, as sp_arena_close() does; their
+/* End the connection. Arenas that are still open are closed first, as sp_arena_close() does, but for
+ * at most 30 s: pages that are still on other hosts then are an error (SIGBUS) at a touch. Their
  * handles stay valid for sp_arena_data(), sp_arena_size() and sp_arena_free(). */
 void sp_disconnect(struct sp_node *node);
 
@@ -89,7 +91,8 @@ void sp_disconnect(struct sp_node *node);
  *
  * The memory is the application's: it may also be discarded (better with sp_arena_discard()),
  * protected, locked, moved or unmapped in parts, of which what is locked or in a mapping of another
- * kind is not merged. Only reading is a limit: what is unmapped, or protected against reading, in
+ * kind is not merged. Pages that are on another host when they are moved are lost (SIGBUS): fetch
+ * them before. Only reading is a limit: what is unmapped, or protected against reading, in
  * the some 100 us in which a scan reads just there, faults in the library's thread.
  *
  * -EINVAL: size 0 or a bad name or domain. -ENOMEM: more than the address space or
@@ -119,12 +122,19 @@ int sp_arena_seal(struct sp_arena *arena);
  * it with. */
 int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length);
 
-/* Make every page private again. Needs no daemon. -ENOMEM: there is no memory for all the copies;
+/* Bring pages back that are on other hosts, and wait until they are here. Touching one does that
+ * too; here a timeout can be given, and bytes that are lost are -EIO instead of SIGBUS. `offset` and
+ * `length` as above. -ETIMEDOUT: they go on coming. */
+int sp_arena_fetch(struct sp_arena *arena, size_t offset, size_t length, int timeout_ms);
+
+/* Make every page private again. Needs no daemon, unless pages are on other hosts: then it waits for
+ * them. -EIO: done, but bytes are lost. -ENOMEM: there is no memory for all the copies;
  * pages that could not be copied stay shared. */
 int sp_arena_unshare(struct sp_arena *arena);
 
 /* End the sharing: every page private, the name free. The memory stays valid and keeps its bytes
- * until sp_arena_free(). Closing twice is fine. -ENOMEM: as sp_arena_unshare(); the arena stays
+ * until sp_arena_free(). Closing twice is fine. Waits for pages on other hosts, as
+ * sp_arena_unshare() does; -EIO: closed, but bytes are lost. -ENOMEM: as there; the arena stays
  * open. */
 int sp_arena_close(struct sp_arena *arena);
 

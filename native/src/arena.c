@@ -102,6 +102,7 @@ void sp_arena_put(struct sp_arena *arena)
 			close(arena->store);
 	}
 	sp_extents_destroy(&arena->extents);
+	sp_away_destroy(&arena->away);
 	free(arena);
 	sp_node_put(node);
 }
@@ -189,9 +190,15 @@ int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_repor
 	return 0;
 }
 
+static uint64_t at_most(uint64_t count, uint64_t most)
+{
+	return count < most ? count : most;
+}
+
 static int count_pages(const struct sp_arena *arena, int pagemap, struct sp_arena_stats *stats)
 {
 	struct sp_page_counts counts = {0};
+	uint64_t away, lost;
 
 	for (size_t page = 0; page < arena->pages; page += SP_COUNT_PAGES) {
 		size_t left = arena->pages - page, n = left < SP_COUNT_PAGES ? left : SP_COUNT_PAGES;
@@ -200,9 +207,13 @@ static int count_pages(const struct sp_arena *arena, int pagemap, struct sp_aren
 		if (error)
 			return error;
 	}
-	stats->private_pages = counts.private_pages;
+	/* away pages look absent, and lost ones as if they were swapped out */
+	away = at_most(atomic_load(&arena->away.count), counts.absent_pages);
+	lost = at_most(atomic_load(&arena->away.lost), counts.private_pages);
+	stats->private_pages = counts.private_pages - lost;
 	stats->shared_pages = counts.shared_pages;
-	stats->absent_pages = counts.absent_pages;
+	stats->absent_pages = counts.absent_pages - away;
+	stats->evicted_pages = away + lost;
 	return 0;
 }
 
@@ -233,6 +244,19 @@ int sp_arena_seal(struct sp_arena *arena)
 	return error ? error : ask(&arena->node->mover.mailbox, SP_REQUEST_SEAL, arena, NULL, -1);
 }
 
+static int check_range(const struct sp_arena *arena, size_t offset, size_t length)
+{
+	size_t size = arena->pages * SP_PAGE_SIZE;
+
+	if (offset % SP_PAGE_SIZE || length % SP_PAGE_SIZE)
+		return sp_fail(-EINVAL, "offset %zu and length %zu are not whole pages of %d bytes",
+			       offset, length, SP_PAGE_SIZE);
+	if (offset > size || length > size - offset)
+		return sp_fail(-EINVAL, "%zu bytes at offset %zu are not inside the arena's %zu bytes",
+			       length, offset, size);
+	return 0;
+}
+
 int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length)
 {
 	struct sp_request request = {.kind = SP_REQUEST_DISCARD,
@@ -245,21 +269,52 @@ int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length)
 		return error;
 	if (atomic_load(&arena->sealed))
 		return sp_fail(-EPERM, "the arena is sealed: it can only be read");
-	if (offset % SP_PAGE_SIZE || length % SP_PAGE_SIZE)
-		return sp_fail(-EINVAL, "offset %zu and length %zu are not whole pages of %d bytes",
-			       offset, length, SP_PAGE_SIZE);
-	if (request.page > arena->pages || request.count > arena->pages - request.page)
-		return sp_fail(-EINVAL, "%zu bytes at offset %zu are not inside the arena's %zu bytes",
-			       length, offset, arena->pages * SP_PAGE_SIZE);
+	error = check_range(arena, offset, length);
+	if (error)
+		return error;
 	return sp_mailbox_call(&arena->node->mover.mailbox, &request, -1);
+}
+
+int sp_arena_fetch(struct sp_arena *arena, size_t offset, size_t length, int timeout_ms)
+{
+	struct sp_request request = {.kind = SP_REQUEST_FETCH,
+				     .arena = arena,
+				     .page = offset / SP_PAGE_SIZE,
+				     .count = length / SP_PAGE_SIZE};
+	int error = usable(arena);
+
+	if (!error)
+		error = check_range(arena, offset, length);
+	if (error)
+		return error;
+	return sp_mailbox_call(&arena->node->mover.mailbox, &request, timeout_ms);
+}
+
+/* Bring away pages back, however long it takes, then have the mover do what needs them all here.
+ * -EIO: done, but bytes are lost. */
+static int ask_with_all(struct sp_arena *arena, enum sp_request_kind kind)
+{
+	struct sp_mailbox *mailbox = &arena->node->mover.mailbox;
+	struct sp_request fetch = {
+		.kind = SP_REQUEST_FETCH, .arena = arena, .count = arena->pages};
+	int fetched, error;
+
+	atomic_store(&arena->keep, true);
+	do {
+		fetched = sp_mailbox_call(mailbox, &fetch, -1);
+		if (fetched && fetched != -EIO)
+			return fetched;
+		error = ask(mailbox, kind, arena, NULL, -1);
+	} while (error == -EAGAIN);
+	atomic_store(&arena->keep, false);
+	return error ? error : fetched;
 }
 
 int sp_arena_unshare(struct sp_arena *arena)
 {
 	int error = usable(arena);
 
-	return error ? error
-		     : ask(&arena->node->mover.mailbox, SP_REQUEST_UNSHARE, arena, NULL, -1);
+	return error ? error : ask_with_all(arena, SP_REQUEST_UNSHARE);
 }
 
 int sp_arena_close(struct sp_arena *arena)
@@ -270,13 +325,13 @@ int sp_arena_close(struct sp_arena *arena)
 		return usable(arena);
 	if (atomic_exchange(&arena->closed, true))
 		return 0;
-	error = ask(&arena->node->mover.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
+	error = ask_with_all(arena, SP_REQUEST_CLOSE);
 	if (error == -ENOMEM) {
 		atomic_store(&arena->closed, false);
 		return error;
 	}
 	ask(&arena->node->reader.mailbox, SP_REQUEST_CLOSE, arena, NULL, -1);
-	return 0;
+	return error == -EIO ? sp_fail(error, "the arena is closed; bytes of it are lost") : 0;
 }
 
 void sp_arena_free(struct sp_arena *arena)

@@ -32,7 +32,7 @@ uint64_t sp_mover_strike_out(struct sp_node *node, struct sp_arena *arena, uint6
 
 	serve_for(node, GONE_NS);
 	extent = sp_extents_at(&arena->extents, page);
-	if (!extent || extent->slot == SP_SLOT_IN_PLACE)
+	if (!extent || !sp_extent_is_shared(extent))
 		return 1;
 	if (foreign > extent->page + extent->count - page)
 		foreign = extent->page + extent->count - page;
@@ -44,6 +44,18 @@ uint64_t sp_mover_strike_out(struct sp_node *node, struct sp_arena *arena, uint6
 	sp_pager_wake(&node->mover.pager, address, slots.foreign);
 	sp_mover_add_notice(&node->mover, arena, page, slots.foreign);
 	return slots.foreign;
+}
+
+/* A run that maps no slots; returns the page to go on at. */
+static uint64_t audit_private(struct sp_node *node, struct sp_arena *arena,
+			      const struct sp_extent *extent)
+{
+	int protection;
+
+	if (extent->slot == SP_SLOT_IN_PLACE)
+		return (uint64_t)extent->page + extent->count;
+	return extent->page +
+	       sp_mover_check_away(node, arena, extent->page, extent->count, &protection);
 }
 
 static void audit_arena(struct sp_node *node, struct sp_arena *arena)
@@ -60,17 +72,21 @@ static void audit_arena(struct sp_node *node, struct sp_arena *arena)
 			return;
 		extent = arena->extents.entries[i];
 		if (extent.page < page) {
-			extent.slot += extent.slot == SP_SLOT_IN_PLACE ? 0 : page - extent.page;
+			extent.slot += sp_extent_is_shared(&extent) ? page - extent.page : 0;
 			extent.count -= (uint32_t)(page - extent.page);
 			extent.page = (uint32_t)page;
 		}
+		if (!sp_extent_is_shared(&extent)) {
+			page = audit_private(node, arena, &extent);
+			sp_mover_serve_faults(node);
+			continue;
+		}
 		slots = sp_maps_slots(mover->pager.maps, arena->data + extent.page * (uint64_t)SP_PAGE_SIZE,
 				      extent.count, arena->store, extent.slot);
-		if (slots.pages == 0 && extent.slot != SP_SLOT_IN_PLACE)
+		if (slots.pages == 0)
 			page = extent.page + sp_mover_strike_out(node, arena, extent.page, slots.foreign);
 		else
-			page = (uint64_t)extent.page +
-			       (extent.slot == SP_SLOT_IN_PLACE ? extent.count : slots.pages);
+			page = (uint64_t)extent.page + slots.pages;
 		sp_mover_serve_faults(node);
 	}
 }

@@ -67,7 +67,7 @@ static bool continues(const struct sp_extent *left, const struct sp_extent *righ
 {
 	if (end_of(left) != right->page)
 		return false;
-	if (left->slot == SP_SLOT_IN_PLACE || right->slot == SP_SLOT_IN_PLACE)
+	if (!sp_extent_is_shared(left) || !sp_extent_is_shared(right))
 		return left->slot == right->slot;
 	return left->slot + left->count == right->slot;
 }
@@ -95,7 +95,7 @@ static struct sp_extent part_of(const struct sp_extent *extent, uint64_t page, u
 {
 	uint64_t slot = extent->slot;
 
-	if (slot != SP_SLOT_IN_PLACE)
+	if (sp_extent_is_shared(extent))
 		slot += page - extent->page;
 	return (struct sp_extent){
 		.page = (uint32_t)page, .count = (uint32_t)(end - page), .slot = slot};

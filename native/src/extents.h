@@ -16,6 +16,9 @@
  * properly: private, but in a mapping that can't be moved. */
 #define SP_SLOT_IN_PLACE UINT64_MAX
 
+/* The slot of stretches that pages are away from (away.h). */
+#define SP_SLOT_AWAY (UINT64_MAX - 1)
+
 struct sp_extent {
 	uint32_t page;
 	uint32_t count;
@@ -27,6 +30,12 @@ struct sp_extents {
 	size_t count;
 	size_t pages; /* of the arena: there can't be more runs */
 };
+
+/* Whether the run maps slots of the store. */
+static inline bool sp_extent_is_shared(const struct sp_extent *extent)
+{
+	return extent->slot < SP_SLOT_AWAY;
+}
 
 /* For an arena of so many pages. -ENOMEM. */
 int sp_extents_init(struct sp_extents *extents, size_t pages);

@@ -43,6 +43,14 @@ struct uffdio_move {
 #define UFFDIO_MOVE_MODE_DONTWAKE ((uint64_t)1 << 0)
 #define UFFDIO_MOVE_MODE_ALLOW_SRC_HOLES ((uint64_t)1 << 1)
 #endif
+#ifndef UFFDIO_POISON
+struct uffdio_poison {
+	struct uffdio_range range;
+	uint64_t mode;
+	int64_t updated;
+};
+#define UFFDIO_POISON _IOWR(UFFDIO, 0x08, struct uffdio_poison)
+#endif
 #ifndef UFFDIO_CONTINUE_MODE_WP
 #define UFFDIO_CONTINUE_MODE_WP ((uint64_t)1 << 1)
 #endif
@@ -203,6 +211,14 @@ static inline int uffd_continue(int uffd, const void *start, size_t length)
 					  .mode = UFFDIO_CONTINUE_MODE_WP};
 
 	return sys_result(ioctl(uffd, UFFDIO_CONTINUE, &request));
+}
+
+/* Makes every touch of empty pages an error (SIGBUS), and wakes. */
+static inline int uffd_poison(int uffd, const void *start, size_t length)
+{
+	struct uffdio_poison request = {.range = {.start = (uintptr_t)start, .len = length}};
+
+	return sys_result(ioctl(uffd, UFFDIO_POISON, &request));
 }
 
 /* Moves pages without waking, holes included; *moved tells how many bytes are through. */

@@ -1,6 +1,7 @@
 #include "mailbox.h"
 
 #include <errno.h>
+#include <stdbool.h>
 #include <stdio.h>
 #include <sys/eventfd.h>
 #include <time.h>
@@ -131,7 +132,7 @@ struct sp_request *sp_mailbox_awaited(struct sp_mailbox *mailbox, uint32_t seq)
 
 	pthread_mutex_lock(&mailbox->lock);
 	request = mailbox->first;
-	while (request && !(request->state == SP_WAITING && request->seq == seq))
+	while (request && !(seq && request->state == SP_WAITING && request->seq == seq))
 		request = request->next;
 	if (request)
 		request->state = SP_RUNNING;
@@ -165,13 +166,30 @@ void sp_mailbox_done(struct sp_mailbox *mailbox, struct sp_request *request, int
 	pthread_mutex_unlock(&mailbox->lock);
 }
 
+void sp_mailbox_renew(struct sp_mailbox *mailbox, enum sp_request_kind kind)
+{
+	struct sp_request *request;
+	bool any = false;
+
+	pthread_mutex_lock(&mailbox->lock);
+	for (request = mailbox->first; request; request = request->next) {
+		if (request->state != SP_WAITING || request->kind != kind)
+			continue;
+		request->state = SP_NEW;
+		any = true;
+	}
+	pthread_mutex_unlock(&mailbox->lock);
+	if (any)
+		sp_mailbox_ring(mailbox);
+}
+
 void sp_mailbox_fail_awaited(struct sp_mailbox *mailbox, int result, const char *text)
 {
 	struct sp_request *request;
 
 	pthread_mutex_lock(&mailbox->lock);
 	for (request = mailbox->first; request; request = request->next)
-		if (request->state == SP_WAITING)
+		if (request->state == SP_WAITING && request->seq)
 			settle(request, result, text);
 	pthread_cond_broadcast(&mailbox->changed);
 	pthread_mutex_unlock(&mailbox->lock);

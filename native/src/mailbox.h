@@ -19,7 +19,8 @@ enum sp_request_kind {
 	SP_REQUEST_UNSHARE, /* every page private again */
 	SP_REQUEST_DISCARD, /* a range of pages zero, and given back to the kernel */
 	SP_REQUEST_SEAL,    /* read-only from now on */
-	SP_REQUEST_CLOSE,   /* the same, and forget the arena */
+	SP_REQUEST_FETCH,   /* bring a range of away pages back; without an arena, all pages of all */
+	SP_REQUEST_CLOSE,   /* as UNSHARE, and forget the arena */
 	SP_REQUEST_DROP,    /* unmap the arena's memory, and forget it */
 	SP_REQUEST_ACCOUNT, /* ask the merger what the arena saves */
 	SP_REQUEST_SHARE,   /* ask the scanner to look now */
@@ -70,14 +71,17 @@ struct sp_request *sp_mailbox_take(struct sp_mailbox *mailbox);
 /* The WAITING request of that number, now RUNNING, or NULL when it was withdrawn. */
 struct sp_request *sp_mailbox_awaited(struct sp_mailbox *mailbox, uint32_t seq);
 
-/* A RUNNING request waits for the answer to message `seq`. */
+/* A RUNNING request waits for the answer to message `seq`; 0: for sp_mailbox_renew(). */
 void sp_mailbox_await(struct sp_mailbox *mailbox, struct sp_request *request, uint32_t seq);
 
 /* A RUNNING request has its result; `text` may be NULL. It must not be used afterwards. */
 void sp_mailbox_done(struct sp_mailbox *mailbox, struct sp_request *request, int result,
 		     const char *text);
 
-/* All WAITING requests fail: the daemon is gone. */
+/* WAITING requests of a kind are NEW again. */
+void sp_mailbox_renew(struct sp_mailbox *mailbox, enum sp_request_kind kind);
+
+/* All WAITING requests fail that await a message: the daemon is gone. */
 void sp_mailbox_fail_awaited(struct sp_mailbox *mailbox, int result, const char *text);
 
 /* All requests fail, those to come too: the worker ends. */

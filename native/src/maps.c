@@ -60,6 +60,24 @@ struct sp_slots sp_maps_slots(int maps, const uint8_t *address, size_t n, int st
 				 .protection = protection_of(&vma)};
 }
 
+struct sp_slots sp_maps_anonymous(int maps, const uint8_t *address, size_t n)
+{
+	struct procmap_query vma;
+	uint64_t at = (uintptr_t)address;
+	int error = query(maps, address, &vma);
+
+	if (error == -ENOENT)
+		return (struct sp_slots){.foreign = n};
+	if (error)
+		return (struct sp_slots){.pages = n, .protection = PROT_READ | PROT_WRITE};
+	if (vma.vma_start > at)
+		return (struct sp_slots){.foreign = pages_until(address, vma.vma_start, n)};
+	if (vma.inode != 0)
+		return (struct sp_slots){.foreign = pages_until(address, vma.vma_end, n)};
+	return (struct sp_slots){.pages = pages_until(address, vma.vma_end, n),
+				 .protection = protection_of(&vma)};
+}
+
 size_t sp_maps_readable(int maps, const uint8_t *address, size_t n)
 {
 	struct procmap_query vma;

@@ -11,7 +11,7 @@
 #include <stdint.h>
 
 struct sp_slots {
-	size_t pages;	/* that map the slots asked for, from the first one on; 0: none does */
+	size_t pages;	/* that map what was asked for, from the first one on; 0: none does */
 	size_t foreign; /* when 0: pages from there on that map something else, or nothing */
 	int protection; /* PROT_ bits */
 };
@@ -21,6 +21,9 @@ int sp_maps_open(void);
 
 /* Whether n pages at `address` map the slots of `store` from `slot` on. */
 struct sp_slots sp_maps_slots(int maps, const uint8_t *address, size_t n, int store, uint64_t slot);
+
+/* How many of n pages at `address` are one mapping of anonymous memory. */
+struct sp_slots sp_maps_anonymous(int maps, const uint8_t *address, size_t n);
 
 /* How many of n pages from `address` on may be read; 0: the first may not. */
 size_t sp_maps_readable(int maps, const uint8_t *address, size_t n);

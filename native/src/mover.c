@@ -21,6 +21,7 @@
 #define NO_MEMORY "there is no memory for private copies; the pages stay shared and readable"
 #define NO_MAPPING "the system gives no mapping (see vm.max_map_count) or no memory"
 #define PINNED "pages of the arena are pinned for I/O: let it finish, then seal"
+#define LOST "bytes of the arena are lost: no host that held them is left"
 #define MERGER_AWAY "the merger is away; the arena's memory is safe, try again later"
 
 struct sp_arena *sp_mover_find(const struct sp_mover *mover, uint32_t number)
@@ -81,70 +82,6 @@ int sp_mover_send(struct sp_node *node, uint8_t type, uint32_t seq, uint32_t are
 	return error;
 }
 
-/* The runs that map slots, in the protocol's form, as they are now. Returns their number; *runs is
- * a mapping of *length bytes, or NULL for none. */
-static size_t copy_extents(const struct sp_extents *extents, struct wire_run **runs, size_t *length)
-{
-	size_t n = 0;
-
-	*runs = NULL;
-	*length = extents->count * sizeof(**runs);
-	if (*length == 0)
-		return 0;
-	*runs = mmap(NULL, *length, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-	if (*runs == MAP_FAILED)
-		*runs = NULL;
-	for (size_t i = 0; *runs && i < extents->count; i++) {
-		const struct sp_extent *extent = &extents->entries[i];
-
-		if (extent->slot != SP_SLOT_IN_PLACE)
-			(*runs)[n++] = (struct wire_run){.page = extent->page,
-							 .count = extent->count,
-							 .slot = extent->slot};
-	}
-	return n;
-}
-
-static int send_extents(struct sp_node *node, const struct sp_arena *arena, struct wire_run *runs,
-			size_t n)
-{
-	size_t most = (WIRE_MESSAGE_MAX - sizeof(struct wire_header)) / sizeof(*runs);
-	int error = 0;
-
-	while (n > 0 && !error) {
-		size_t some = n < most ? n : most;
-		struct iovec part = {.iov_base = runs, .iov_len = some * sizeof(*runs)};
-
-		error = sp_mover_send(node, WIRE_EXTENTS, 0, arena->number, &part, 1, -1);
-		runs += some;
-		n -= some;
-	}
-	return error;
-}
-
-int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq)
-{
-	struct wire_arena_open open = {.pages = arena->pages, .lock = arena->lock};
-	struct iovec parts[] = {{.iov_base = &open,
-				 .iov_len = sp_link_open_length(&node->mover.link)},
-				{.iov_base = arena->name, .iov_len = strlen(arena->name)},
-				{.iov_base = arena->domain, .iov_len = strlen(arena->domain)}};
-	struct wire_run *runs;
-	size_t length, n = copy_extents(&arena->extents, &runs, &length);
-	int error;
-
-	open.extents = (uint32_t)n;
-	open.name_bytes = (uint16_t)parts[1].iov_len;
-	open.domain_bytes = (uint16_t)parts[2].iov_len;
-	arena->announced = true; /* from the copy on, changes are noticed */
-	error = sp_mover_send(node, WIRE_ARENA_OPEN, seq, arena->number, parts, 3, arena->store);
-	if (!error)
-		error = send_extents(node, arena, runs, n);
-	if (runs)
-		munmap(runs, length);
-	return error;
-}
-
 static void announce_all(struct sp_node *node)
 {
 	struct sp_mover *mover = &node->mover;
@@ -181,8 +118,12 @@ static int receive_opened(struct sp_node *node, struct sp_message *message)
 		arena->store = message->descriptors[0];
 		message->descriptors[0] = -1;
 	}
-	if (arena)
+	if (arena) {
 		arena->lock = opened->lock_or_seed;
+		arena->opened = mover->link.version > 2;
+		if (arena->opened)
+			sp_mover_ask_again(node, arena);
+	}
 	if (request)
 		sp_mailbox_done(&mover->mailbox, request, 0, NULL);
 	return 0;
@@ -266,6 +207,7 @@ static void receive_some(struct sp_node *node)
 			sp_message_close(&message);
 			sp_mover_serve_faults(node);
 			sp_mover_send_notices(node);
+			sp_mover_send_fetches(node);
 		}
 		if (result < 0)
 			sp_link_close(&mover->link);
@@ -307,12 +249,21 @@ static void forget(struct sp_node *node, struct sp_arena *arena)
 static void leave(struct sp_node *node, struct sp_arena *arena)
 {
 	atomic_store(&arena->closed, true);
+	sp_mover_lose_away(node, arena); /* what could not be brought back: never zeros */
 	if (!sp_mover_restore(node, arena, 0, arena->pages)) {
 		forget(node, arena);
 		return;
 	}
 	arena->store = -1;
 	remove_arena(&node->mover, arena);
+}
+
+/* Every page private again. -EAGAIN: pages are away, and must be fetched first. */
+static int make_private(struct sp_node *node, struct sp_arena *arena)
+{
+	if (atomic_load(&arena->away.count) > 0)
+		return -EAGAIN;
+	return sp_mover_restore(node, arena, 0, arena->pages);
 }
 
 static void drop_memory(struct sp_arena *arena)
@@ -357,8 +308,16 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 	case SP_REQUEST_ACCOUNT:
 		ask_merger(node, request);
 		return true;
+	case SP_REQUEST_FETCH:
+		error = sp_mover_fetch(node, request);
+		if (error == -EAGAIN) { /* it comes here again when pages have come */
+			sp_mailbox_await(&mover->mailbox, request, 0);
+			return true;
+		}
+		text = LOST;
+		break;
 	case SP_REQUEST_UNSHARE:
-		error = sp_mover_restore(node, arena, 0, arena->pages);
+		error = make_private(node, arena);
 		break;
 	case SP_REQUEST_DISCARD:
 		error = sp_mover_discard(node, arena, request->page, request->count);
@@ -369,7 +328,7 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 		text = error == -EBUSY ? PINNED : NO_MAPPING;
 		break;
 	case SP_REQUEST_CLOSE:
-		error = sp_mover_restore(node, arena, 0, arena->pages);
+		error = make_private(node, arena);
 		if (!error)
 			forget(node, arena);
 		break;
@@ -388,7 +347,8 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 static void lose_link(struct sp_mover *mover)
 {
 	for (struct sp_arena *arena = mover->arenas; arena; arena = arena->mover_next)
-		arena->announced = false;
+		arena->announced = arena->opened = false;
+	mover->fetch_count = 0;
 	mover->notice_count = 0;
 	mover->notices_lost = false;
 	sp_mailbox_fail_awaited(&mover->mailbox, -ENOTCONN, MERGER_AWAY);
@@ -444,6 +404,7 @@ static void *run(void *argument)
 		while (go_on && (request = sp_mailbox_take(&mover->mailbox)))
 			go_on = carry_out(node, request);
 		sp_mover_send_notices(node);
+		sp_mover_send_fetches(node);
 		if (mover->link.sock >= 0 && polled[1].revents)
 			receive_some(node);
 	}

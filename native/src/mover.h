@@ -52,6 +52,10 @@ void sp_mover_send_notices(struct sp_node *node);
 /* Announce an arena with what it maps. The answer comes with the message of number `seq`. */
 int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq);
 
+/* Answer an order; the outcomes are in the mover's array. */
+int sp_mover_send_done(struct sp_node *node, const struct sp_message *order, int error,
+		       size_t outcomes);
+
 /* Carry out an order of the merger. -EPROTO: it is malformed. */
 int sp_mover_order(struct sp_node *node, const struct sp_message *message);
 
@@ -77,6 +81,73 @@ uint64_t sp_mover_strike_out(struct sp_node *node, struct sp_arena *arena, uint6
 
 /* Drop [page, page + count) of the arena: absent, to read as zeros. -ENOMEM: some keep their bytes. */
 int sp_mover_discard(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
+
+/* What the application allows itself stays as it was, where another mapping was put. */
+void sp_mover_keep_protection(uint8_t *address, uint64_t count, int protection);
+
+/* Pages of a stretch that are neither away nor lost are ordinary private memory again. */
+void sp_mover_release(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
+
+/* Release what needs no stretch any more, after pages of the range have come back. */
+void sp_mover_settle(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);
+
+/* The same for what lies in front of a range and behind it, after it was taken out of a stretch. */
+void sp_mover_settle_around(struct sp_node *node, struct sp_arena *arena, uint64_t page,
+			    uint64_t count);
+
+/* How many of `count` pages of a stretch, from `page` on, are in one mapping that is still waited
+ * for, with its protection. 0: the first is not, and what the application put there is its own. */
+uint64_t sp_mover_check_away(struct sp_node *node, struct sp_arena *arena, uint64_t page,
+			     uint64_t count, int *protection);
+
+/* Discard at most *n pages of a stretch, from `page` on; *n becomes how many. -ENOMEM. */
+int sp_mover_discard_away(struct sp_node *node, struct sp_arena *arena,
+			  const struct sp_extent *extent, uint64_t page, uint64_t *n);
+
+/* The application's own madvise(MADV_DONTNEED) of at most `count` pages of a stretch. */
+void sp_mover_follow_removal(struct sp_node *node, struct sp_arena *arena,
+			     const struct sp_extent *extent, uint64_t page, uint64_t count);
+
+/* The application's own mremap() of a page of a stretch: what was away is an error there. */
+void sp_mover_follow_away(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint8_t *to);
+
+/* A touch of an empty page of a stretch. */
+void sp_mover_serve_away(struct sp_node *node, struct sp_arena *arena, uint64_t page);
+
+/* Whatever is away is an error from now on. */
+void sp_mover_lose_away(struct sp_node *node, struct sp_arena *arena);
+
+/* A thread waits for an away page: ask for it, and for some behind it. */
+void sp_mover_want(struct sp_node *node, struct sp_arena *arena, uint64_t page);
+
+/* Nothing that was asked for is on its way any more. */
+void sp_mover_ask_again(struct sp_node *node, struct sp_arena *arena);
+
+/* Send what is wanted; look again at requests that wait for pages, when some have come. */
+void sp_mover_send_fetches(struct sp_node *node);
+
+/* Ask for the away pages of a request. -EAGAIN: they are to come. -EIO: some are lost. */
+int sp_mover_fetch(struct sp_node *node, const struct sp_request *request);
+
+/* Keep the reader from reading arenas: what it has found to be there must not go away under its
+ * hands. false: it is too busy. */
+bool sp_mover_stop_reader(struct sp_node *node);
+void sp_mover_resume_reader(struct sp_node *node);
+
+/* The orders AWAY, EVICT, FILL and POISON. */
+int sp_mover_order_away(struct sp_node *node, struct sp_arena *arena,
+			const struct sp_message *order);
+int sp_mover_order_evict(struct sp_node *node, struct sp_arena *arena,
+			 const struct sp_message *order);
+int sp_mover_order_fill(struct sp_node *node, struct sp_arena *arena,
+			const struct sp_message *order);
+int sp_mover_order_poison(struct sp_node *node, struct sp_arena *arena,
+			  const struct sp_message *order);
+
+/* Replace pages of a stretch, from its first on; returns how many have their outcome, 0: the first
+ * is ordinary private memory now. */
+uint64_t sp_mover_replace_away(struct sp_node *node, struct sp_arena *arena,
+			       const struct wire_run *stretch, uint8_t *outcomes);
 
 /* Look for mappings of the store that the application has taken away, when it is time to. Returns
  * in how many ms it will be; -1: there are none. */

@@ -19,6 +19,7 @@
 
 #define DEFAULT_DIR "/run/samepage"
 #define CONNECT_MS 5000
+#define FETCH_MS 30000
 #define MAP_COUNT_DEFAULT 65530
 
 static pthread_mutex_t nodes_lock = PTHREAD_MUTEX_INITIALIZER;
@@ -95,6 +96,7 @@ void sp_node_put(struct sp_node *node)
 		return;
 	sp_mailbox_destroy(&node->mover.mailbox);
 	sp_mailbox_destroy(&node->reader.mailbox);
+	pthread_mutex_destroy(&node->reading);
 	free(node);
 }
 
@@ -287,6 +289,7 @@ static struct sp_node *make_node(void)
 	if (!node)
 		return NULL;
 	atomic_init(&node->references, 1);
+	pthread_mutex_init(&node->reading, NULL);
 	node->mover.link.sock = node->mover.link.window_fd = -1;
 	node->reader.link.sock = node->reader.link.window_fd = -1;
 	node->reader.pagemap = node->reader.maps = -1;
@@ -334,8 +337,11 @@ int sp_connect(const char *dir, struct sp_node **out)
 
 void sp_disconnect(struct sp_node *node)
 {
+	struct sp_request fetch = {.kind = SP_REQUEST_FETCH};
+
 	if (atomic_load(&node->forked) || atomic_exchange(&node->closed, true))
 		return;
+	sp_mailbox_call(&node->mover.mailbox, &fetch, FETCH_MS);
 	sp_reader_stop(node);
 	sp_mover_stop(node);
 	delist(node);

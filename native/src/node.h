@@ -19,6 +19,7 @@
 #include <stdatomic.h>
 #include <stdbool.h>
 
+#include "away.h"
 #include "changes.h"
 #include "extents.h"
 #include "faults.h"
@@ -31,6 +32,7 @@
 #define SP_MERGER_WINDOW ((size_t)WIRE_READ_PAGES_MIN * SP_PAGE_SIZE)
 #define SP_SCANNER_WINDOW ((size_t)WIRE_FINGERPRINT_PAGES_MAX * (SP_FINGERPRINT_SIZE + 1))
 #define SP_NOTICES 2048
+#define SP_FETCHES 512
 
 struct sp_arena {
 	struct sp_node *node;
@@ -44,6 +46,7 @@ struct sp_arena {
 	atomic_uint references;
 	atomic_bool closed;
 	atomic_bool sealed; /* read-only for good; set by the mover */
+	atomic_bool keep;   /* nothing more goes away: all is being brought back */
 
 	/* The mover's. */
 	struct sp_arena *mover_next;
@@ -51,6 +54,10 @@ struct sp_arena {
 	int store; /* the domain's store, -1 before the merger answered */
 	uint64_t lock;
 	bool announced;	       /* on the present connection */
+	bool opened;	       /* and the merger has answered: away pages can be asked for */
+	bool cloning;	       /* the application does not know it yet */
+	uint8_t left[WIRE_SNAPSHOT_SIZE]; /* with what it was left to another host, or zeros */
+	struct sp_away away;
 	uint64_t restore_next; /* page after the last one restored for a write */
 	uint32_t restore_run;  /* pages restored then */
 
@@ -60,7 +67,7 @@ struct sp_arena {
 	bool seeded;
 };
 
-/* A restored range of which the merger is not told yet. */
+/* A range of which the merger is not told yet. */
 struct sp_notice {
 	uint32_t arena;
 	struct wire_range range;
@@ -84,6 +91,10 @@ struct sp_mover {
 	struct sp_notice notices[SP_NOTICES];
 	size_t notice_count;
 	bool notices_lost; /* more than fit: only announcing everything anew helps */
+	struct sp_notice fetches[SP_FETCHES]; /* away pages to ask for */
+	size_t fetch_count;
+	bool came_back; /* pages did, or might be asked for anew: somebody may wait for them */
+	bool leaving;	/* the node is being disconnected: nothing more goes away */
 	struct sp_stalls stalls;
 	int64_t audit_next; /* when to look for mappings that the application took away, ms */
 	int reconnect_ms;  /* pause before the next attempt */
@@ -109,6 +120,7 @@ struct sp_node {
 	struct sp_faults faults;
 	struct sp_mover mover;
 	struct sp_reader reader;
+	pthread_mutex_t reading; /* held by the reader while it reads arena memory */
 	atomic_uint references; /* the application's handle, and each arena */
 	atomic_uint last_arena;
 	atomic_bool closed;

@@ -13,8 +13,8 @@
 
 #define READ_PAGES 256 /* read after one look at their mapping: some 30 us */
 
-static int send_done(struct sp_node *node, const struct sp_message *order, int error,
-		     size_t outcomes)
+int sp_mover_send_done(struct sp_node *node, const struct sp_message *order, int error,
+		       size_t outcomes)
 {
 	struct wire_done done = {.error = error, .outcomes = (uint32_t)outcomes};
 	struct iovec parts[] = {{.iov_base = &done, .iov_len = sizeof(done)},
@@ -45,9 +45,11 @@ static void read_stretch(struct sp_mover *mover, const uint8_t *data, size_t i, 
 	}
 }
 
-/* Read n pages that begin at place `first` of the answer. */
-static int read_range(struct sp_mover *mover, const uint8_t *data, size_t first, size_t n)
+/* Read n pages from `page` on, to place `first` of the answer. */
+static int read_range(struct sp_mover *mover, const struct sp_arena *arena, uint64_t page,
+		      size_t first, size_t n)
 {
+	const uint8_t *data = arena->data + page * SP_PAGE_SIZE;
 	uint64_t states[READ_PAGES];
 	size_t end;
 
@@ -59,6 +61,7 @@ static int read_range(struct sp_mover *mover, const uint8_t *data, size_t first,
 		error = sp_pagemap_read(mover->pager.pagemap, from, some, states);
 		if (error)
 			return error;
+		sp_away_hide_lost(&arena->away, page + done, some, states);
 		for (size_t i = 0; i < some; i = end) {
 			bool there = sp_pagemap_is_there(states[i]);
 
@@ -85,19 +88,18 @@ static int order_read(struct sp_node *node, struct sp_arena *arena, const struct
 	if (n == 0 || order->length % sizeof(*ranges))
 		return -EPROTO;
 	if (!arena)
-		return send_done(node, order, ENOENT, 0);
+		return sp_mover_send_done(node, order, ENOENT, 0);
 	pages = wire_count_pages(ranges, n, arena->pages,
 				 most < WIRE_READ_PAGES_MAX ? most : WIRE_READ_PAGES_MAX);
 	if (pages == 0)
 		return -EPROTO;
 	if (!mover->can_share && !atomic_load(&arena->sealed))
-		return send_done(node, order, ENOTSUP, 0);
+		return sp_mover_send_done(node, order, ENOTSUP, 0);
 	for (size_t i = 0; i < n && !error; i++) {
-		error = read_range(mover, arena->data + ranges[i].page * SP_PAGE_SIZE, first,
-				   ranges[i].count);
+		error = read_range(mover, arena, ranges[i].page, first, ranges[i].count);
 		first += ranges[i].count;
 	}
-	return send_done(node, order, -error, error ? 0 : pages);
+	return sp_mover_send_done(node, order, -error, error ? 0 : pages);
 }
 
 static void record(struct sp_arena *arena, const struct wire_run *run, const uint8_t *outcomes)
@@ -157,7 +159,11 @@ static void replace_run(struct sp_node *node, struct sp_arena *arena, const stru
 			uint64_t mapped = (uint64_t)extent->page + extent->count - page;
 
 			stretch.count = mapped < left ? mapped : left;
-			memset(outcomes + done, WIRE_BUSY, stretch.count);
+			if (extent->slot == SP_SLOT_AWAY)
+				stretch.count = sp_mover_replace_away(node, arena, &stretch,
+								      outcomes + done);
+			else
+				memset(outcomes + done, WIRE_BUSY, stretch.count);
 		} else {
 			if (i < arena->extents.count && extent->page - page < left)
 				stretch.count = extent->page - page;
@@ -202,14 +208,14 @@ static int order_replace(struct sp_node *node, struct sp_arena *arena,
 	    order->length != sizeof(*replace) + replace->runs * sizeof(*runs))
 		return -EPROTO;
 	if (!arena)
-		return send_done(node, order, ENOENT, 0);
+		return sp_mover_send_done(node, order, ENOENT, 0);
 	if (!are_valid(arena, runs, replace->runs))
 		return -EPROTO;
 	for (size_t i = 0; i < replace->runs; i++) {
 		replace_run(node, arena, &runs[i], outcomes);
 		outcomes += runs[i].count;
 	}
-	return send_done(node, order, 0, (size_t)(outcomes - node->mover.outcomes));
+	return sp_mover_send_done(node, order, 0, (size_t)(outcomes - node->mover.outcomes));
 }
 
 static int order_restore(struct sp_node *node, struct sp_arena *arena,
@@ -221,12 +227,12 @@ static int order_restore(struct sp_node *node, struct sp_arena *arena,
 	if (order->length != sizeof(*range))
 		return -EPROTO;
 	if (!arena)
-		return send_done(node, order, ENOENT, 0);
+		return sp_mover_send_done(node, order, ENOENT, 0);
 	if (!is_inside(arena, range->page, range->count))
 		return -EPROTO;
 	error = sp_mover_restore(node, arena, range->page, range->count);
 	sp_mover_send_notices(node);
-	return send_done(node, order, -error, 0);
+	return sp_mover_send_done(node, order, -error, 0);
 }
 
 /* Count with faults served in between: an arena may have millions of pages. */
@@ -244,7 +250,10 @@ static int count_absent(struct sp_node *node, const struct sp_arena *arena, uint
 		sp_mover_serve_faults(node);
 	}
 	close(pagemap);
-	*absent = counts.absent_pages;
+	/* a lost page looks like one that is swapped out */
+	*absent = counts.absent_pages + atomic_load(&arena->away.lost);
+	*absent -= *absent < atomic_load(&arena->away.count) ? *absent
+							      : atomic_load(&arena->away.count);
 	return error;
 }
 
@@ -257,17 +266,19 @@ static int order_count(struct sp_node *node, const struct sp_arena *arena,
 	if (order->length != 0)
 		return -EPROTO;
 	if (!arena)
-		return send_done(node, order, ENOENT, 0);
+		return sp_mover_send_done(node, order, ENOENT, 0);
 	error = count_absent(node, arena, &counted.absent);
 	if (!error && pwrite(node->mover.link.window_fd, &counted, sizeof(counted), 0) < 0)
 		error = -errno;
-	return send_done(node, order, -error, 0);
+	return sp_mover_send_done(node, order, -error, 0);
 }
 
 int sp_mover_order(struct sp_node *node, const struct sp_message *message)
 {
 	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
 
+	if (message->header->type >= WIRE_AWAY && node->mover.link.version < 3)
+		return -EPROTO;
 	switch (message->header->type) {
 	case WIRE_READ:
 		return order_read(node, arena, message);
@@ -277,6 +288,14 @@ int sp_mover_order(struct sp_node *node, const struct sp_message *message)
 		return order_restore(node, arena, message);
 	case WIRE_COUNT:
 		return order_count(node, arena, message);
+	case WIRE_AWAY:
+		return sp_mover_order_away(node, arena, message);
+	case WIRE_EVICT:
+		return sp_mover_order_evict(node, arena, message);
+	case WIRE_FILL:
+		return sp_mover_order_fill(node, arena, message);
+	case WIRE_POISON:
+		return sp_mover_order_poison(node, arena, message);
 	default:
 		return -EPROTO;
 	}

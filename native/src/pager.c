@@ -42,6 +42,7 @@ int sp_pager_init(struct sp_pager *pager, struct sp_uffds uffds, uint32_t featur
 
 	*pager = (struct sp_pager){.uffds = uffds,
 				   .tracks = features & SP_FEATURE_TRACKING,
+				   .can_away = features & SP_FEATURE_AWAY,
 				   .discards = features & SP_FEATURE_DISCARD,
 				   .pagemap = sp_pagemap_open(),
 				   .maps = sp_maps_open()};
@@ -118,6 +119,16 @@ int sp_pager_remap(struct sp_pager *pager, uint8_t *from, size_t n, int flags, u
 	atomic_store(&pager->moving, true);
 	moved = mremap(from, bytes_of(n), bytes_of(n), MREMAP_MAYMOVE | MREMAP_FIXED | flags, to);
 	error = moved == MAP_FAILED ? -errno : 0;
+	atomic_store(&pager->moving, false);
+	return error;
+}
+
+int sp_pager_drop(struct sp_pager *pager, uint8_t *address, size_t n)
+{
+	int error;
+
+	atomic_store(&pager->moving, true);
+	error = memory_drop(address, bytes_of(n));
 	atomic_store(&pager->moving, false);
 	return error;
 }
@@ -265,8 +276,7 @@ int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot
 	return error;
 }
 
-/* The outcome of pages that were not even taken. */
-static uint8_t failure(int error)
+uint8_t sp_pager_failure(int error)
 {
 	return error == -ENOMEM ? WIRE_NO_MAPPING : error == -EAGAIN ? WIRE_BUSY : WIRE_UNSUPPORTED;
 }
@@ -280,10 +290,8 @@ static size_t stretch(const uint8_t *outcomes, size_t first, size_t n)
 	return end;
 }
 
-/* End a take: what WIRE_MERGED stands at is gone from its address already (mapped to a slot, or
- * dropped); the other pages return, and the range is as it was. */
-static void finish(struct sp_pager *pager, uint8_t *address, size_t n, const uint8_t *outcomes,
-		   bool mapped)
+void sp_pager_finish(struct sp_pager *pager, uint8_t *address, size_t n, const uint8_t *outcomes,
+		     bool mapped)
 {
 	size_t end, private_from = 0;
 
@@ -338,7 +346,7 @@ void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int st
 			munmap(side, bytes_of(n));
 	}
 	if (error) {
-		memset(outcomes, failure(error), n);
+		memset(outcomes, sp_pager_failure(error), n);
 		return;
 	}
 	for (size_t i = 0; i < n; i++)
@@ -346,7 +354,7 @@ void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int st
 							 side + bytes_of(i), SP_PAGE_SIZE) != 0)
 			outcomes[i] = WIRE_DIFFERS;
 	sp_pager_map_over(pager, address, n, side, outcomes);
-	finish(pager, address, n, outcomes, true);
+	sp_pager_finish(pager, address, n, outcomes, true);
 }
 
 bool sp_pager_is_pinned(struct sp_pager *pager, uint8_t *address, size_t n)
@@ -361,7 +369,7 @@ bool sp_pager_is_pinned(struct sp_pager *pager, uint8_t *address, size_t n)
 		if (outcomes[i] == WIRE_MERGED)
 			outcomes[i] = WIRE_DIFFERS; /* goes back */
 	}
-	finish(pager, address, n, outcomes, false);
+	sp_pager_finish(pager, address, n, outcomes, false);
 	return pinned;
 }
 
@@ -370,14 +378,14 @@ void sp_pager_drop_zero(struct sp_pager *pager, uint8_t *address, size_t n, uint
 	int error = sp_pager_take(pager, address, n, outcomes);
 
 	if (error) {
-		memset(outcomes, failure(error), n);
+		memset(outcomes, sp_pager_failure(error), n);
 		return;
 	}
 	for (size_t i = 0; i < n; i++)
 		if (outcomes[i] == WIRE_MERGED &&
 		    memcmp(pager->staging + bytes_of(i), zero_page, SP_PAGE_SIZE) != 0)
 			outcomes[i] = WIRE_DIFFERS;
-	finish(pager, address, n, outcomes, false);
+	sp_pager_finish(pager, address, n, outcomes, false);
 }
 
 int sp_pager_fill(struct sp_pager *pager, uint8_t *address, const uint8_t *bytes, size_t n)

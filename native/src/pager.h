@@ -47,6 +47,7 @@
 struct sp_pager {
 	struct sp_uffds uffds;
 	bool tracks;	       /* writes to private memory are followed */
+	bool can_away;	       /* addresses can be waited for: pages may be away */
 	bool discards;	       /* what is discarded of a mapping of the store is told of */
 	int pagemap;	       /* /proc/self/pagemap */
 	int maps;	       /* /proc/self/maps */
@@ -127,7 +128,50 @@ void sp_pager_wake(struct sp_pager *pager, const uint8_t *address, size_t n);
 /* Whether one of n <= SP_TAKE_PAGES private pages is pinned for I/O. */
 bool sp_pager_is_pinned(struct sp_pager *pager, uint8_t *address, size_t n);
 
-/* Between the pager's own files, and sealed.c. */
+/* Have n absent private pages at `address` be waited for: a touch is a missing fault from now on.
+ * Pages that were touched before are there. -errno: nothing was changed. */
+int sp_pager_expect(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Put empty memory that is waited for in place of n pages, whatever is there. -ENOMEM or another
+ * -errno: nothing was changed. */
+int sp_pager_let_go(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n);
+
+/* Let n <= SP_TAKE_PAGES private pages go that are equal to `bytes`. One outcome a page. */
+void sp_pager_evict(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n,
+		    const uint8_t *bytes, uint8_t *outcomes);
+
+/* Whether n pages at `address`, of one mapping, are waited for still: the application may have put
+ * another mapping there. */
+bool sp_pager_is_expected(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Put bytes into a page that is waited for; who waits is not woken. -EEXIST: it is there. -ENOENT:
+ * it is not waited for any more. -ENOMEM. */
+int sp_pager_bring(struct sp_pager *pager, uint8_t *address, const uint8_t *bytes);
+
+/* Make a touch of n pages that are waited for an error, and wake. -errno of UFFDIO_POISON. */
+int sp_pager_poison(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Nobody need wait for n private pages any more. */
+void sp_pager_end_away(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Between the pager's own files, sealed.c and evict.c. */
+
+/* Read slots' bytes. 0 or -errno. */
+int sp_pager_read_slots(int store, uint8_t *to, size_t length, uint64_t slot);
+
+/* The outcome of pages that were not even taken. */
+uint8_t sp_pager_failure(int error);
+
+/* End a take: what WIRE_MERGED stands at is gone from its address already (something else is mapped
+ * there, or it was dropped); the other pages return, and the range is as it was. */
+void sp_pager_finish(struct sp_pager *pager, uint8_t *address, size_t n, const uint8_t *outcomes,
+		     bool mapped);
+
+/* Whether mremap() can put pages of a shadow over others without being refused half way. */
+bool sp_pager_may_map(void);
+
+/* Drop n pages that are registered with the store's userfaultfd. 0 or -errno. */
+int sp_pager_drop(struct sp_pager *pager, uint8_t *address, size_t n);
 
 /* Map slots at a side address so that they are there, and trap on write. -errno. */
 int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, uint8_t **side);

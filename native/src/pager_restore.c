@@ -9,7 +9,7 @@
 #include "pagemap.h"
 #include "pager.h"
 
-static int read_slots(int store, uint8_t *to, size_t length, uint64_t slot)
+int sp_pager_read_slots(int store, uint8_t *to, size_t length, uint64_t slot)
 {
 	size_t done = 0;
 
@@ -29,7 +29,7 @@ static int read_slots(int store, uint8_t *to, size_t length, uint64_t slot)
 /* Whether mremap() can put pages of a shadow over others. It keeps the shadow mapped, so the kernel
  * asks for address space once more, and only after it has unmapped what was there: where a limit
  * was lowered under what is in use, that would leave a hole. */
-static bool may_map(void)
+bool sp_pager_may_map(void)
 {
 	struct rlimit space, data;
 	char text[128];
@@ -78,7 +78,7 @@ static int fill_shadow(struct sp_pager *pager, uint8_t *shadow, size_t length)
 /* Move n pages of the shadow, filled or empty, over shared ones. */
 static int move_over(struct sp_pager *pager, uint8_t *shadow, size_t n, uint8_t *address)
 {
-	int error = may_map() ? 0 : -ENOMEM;
+	int error = sp_pager_may_map() ? 0 : -ENOMEM;
 
 	if (!error)
 		error = sp_pager_remap(pager, shadow, n, MREMAP_DONTUNMAP, address);
@@ -91,7 +91,7 @@ int sp_pager_restore(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, 
 		     uint64_t slot)
 {
 	size_t length = n * SP_PAGE_SIZE;
-	int error = read_slots(store, pager->bounce, length, slot);
+	int error = sp_pager_read_slots(store, pager->bounce, length, slot);
 
 	if (!error)
 		error = fill_shadow(pager, shadow, length);

@@ -124,6 +124,8 @@ int sp_probe_open(int device, uint32_t *features, struct sp_uffds *uffds)
 		store |= uffd_features[i].store;
 		*features |= uffd_features[i].feature;
 	}
+	if ((*features & SP_FEATURES_AWAY) == SP_FEATURES_AWAY && !is_disabled("away"))
+		*features |= SP_FEATURE_AWAY;
 	uffds->memory = open_enabled(device, memory);
 	if (uffds->memory < 0)
 		return uffds->memory;

@@ -10,6 +10,9 @@
 #define SP_FEATURES_NEEDED                                                                         \
 	(SP_FEATURE_USERFAULTFD | SP_FEATURE_MOVE | SP_FEATURE_WP_TMPFS | SP_FEATURE_REMAP)
 
+/* And what pages need to be away. */
+#define SP_FEATURES_AWAY (SP_FEATURES_NEEDED | SP_FEATURE_POISON | SP_FEATURE_DISCARD)
+
 /* The two userfaultfds of a process. Write faults on shared pages must wait for the agent, those
  * on private ones must not: which of the two is a property of the descriptor. */
 struct sp_uffds {

@@ -104,6 +104,7 @@ static int fingerprint(struct sp_reader *reader, const struct sp_arena *arena, u
 
 	if (error)
 		return error;
+	sp_away_hide_lost(&arena->away, page, n, reader->page_states + first);
 	for (size_t i = first; i < end;) {
 		size_t there = i, next;
 
@@ -129,9 +130,10 @@ static int send_done(struct sp_reader *reader, const struct sp_message *order, i
 	return send_message(reader, WIRE_DONE, order->header->seq, order->header->arena, &part, 1);
 }
 
-static int order_fingerprint(struct sp_reader *reader, const struct sp_message *order)
+static int order_fingerprint(struct sp_node *node, const struct sp_message *order)
 {
 	const struct wire_range *ranges = (const struct wire_range *)order->payload;
+	struct sp_reader *reader = &node->reader;
 	struct sp_arena *arena = find(reader, order->header->arena);
 	size_t n = order->length / sizeof(*ranges), first = 0;
 	struct answer answer = {.fingerprints = reader->link.window};
@@ -147,7 +149,9 @@ static int order_fingerprint(struct sp_reader *reader, const struct sp_message *
 		return -EPROTO;
 	answer.states = reader->link.window + pages * SP_FINGERPRINT_SIZE;
 	for (size_t i = 0; i < n && !error; i++) {
+		pthread_mutex_lock(&node->reading);
 		error = fingerprint(reader, arena, ranges[i].page, ranges[i].count, first, answer);
+		pthread_mutex_unlock(&node->reading);
 		first += ranges[i].count;
 	}
 	return send_done(reader, order, -error);
@@ -234,7 +238,7 @@ static int receive(struct sp_node *node, struct sp_message *message)
 	case WIRE_SHARED:
 		return receive_shared(reader, message);
 	case WIRE_FINGERPRINT:
-		return reader->link.welcomed ? order_fingerprint(reader, message) : -EPROTO;
+		return reader->link.welcomed ? order_fingerprint(node, message) : -EPROTO;
 	case WIRE_CHANGED:
 		return reader->link.welcomed ? order_changed(reader, message) : -EPROTO;
 	default:

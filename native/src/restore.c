@@ -8,8 +8,7 @@
 #include "mover.h"
 #include "sealed.h"
 
-/* What the application allows itself stays as it was. */
-static void keep_protection(uint8_t *address, uint64_t count, int protection)
+void sp_mover_keep_protection(uint8_t *address, uint64_t count, int protection)
 {
 	if (protection != (PROT_READ | PROT_WRITE))
 		mprotect(address, count * SP_PAGE_SIZE, protection);
@@ -48,7 +47,7 @@ uint64_t sp_mover_restore_stretch(struct sp_node *node, struct sp_arena *arena,
 			return 0;
 		}
 	} else {
-		keep_protection(address, count, slots.protection);
+		sp_mover_keep_protection(address, count, slots.protection);
 		sp_extents_remove(&arena->extents, page, count);
 	}
 	sp_mover_add_notice(&node->mover, arena, page, count);
@@ -68,7 +67,7 @@ int sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page
 			return 0;
 		if (extent->page > page)
 			page = extent->page;
-		if (extent->slot == SP_SLOT_IN_PLACE) {
+		if (!sp_extent_is_shared(extent)) {
 			page = (uint64_t)extent->page + extent->count;
 			continue;
 		}
@@ -106,7 +105,7 @@ int sp_mover_discard_shared(struct sp_node *node, struct sp_arena *arena,
 	error = sp_pager_discard(pager, address, arena->shadow + page * SP_PAGE_SIZE, *n);
 	if (error)
 		return error;
-	keep_protection(address, *n, slots.protection);
+	sp_mover_keep_protection(address, *n, slots.protection);
 	sp_extents_remove(&arena->extents, page, *n);
 	if (!in_place)
 		sp_mover_add_notice(&node->mover, arena, page, *n);
@@ -128,6 +127,8 @@ int sp_mover_discard(struct sp_node *node, struct sp_arena *arena, uint64_t page
 			if (i < arena->extents.count && extent->page - page < n)
 				n = extent->page - page;
 			error = memory_drop(address, n * SP_PAGE_SIZE);
+		} else if (extent->slot == SP_SLOT_AWAY) {
+			error = sp_mover_discard_away(node, arena, extent, page, &n);
 		} else {
 			error = sp_mover_discard_shared(node, arena, extent, page, &n);
 		}

@@ -9,6 +9,23 @@
 
 static const uint8_t zero_page[SP_PAGE_SIZE];
 
+/* Of a stretch, only what is private again matters. Go on to the first such page and make it ordinary
+ * memory; false: there is none. */
+static bool release_first(struct sp_node *node, struct sp_arena *arena, uint64_t *page)
+{
+	const struct sp_extent *extent = sp_extents_at(&arena->extents, *page);
+	uint64_t end = (uint64_t)extent->page + extent->count, n;
+
+	for (; *page < end; *page += n) {
+		n = sp_away_run(&arena->away, *page, end);
+		if (sp_away_mark(&arena->away, *page) & (SP_MARK_AWAY | SP_MARK_LOST))
+			continue;
+		sp_mover_release(node, arena, *page, n);
+		return true;
+	}
+	return false;
+}
+
 /* Whether a private page is pinned; pages are taken and put back, in the order of the extents. */
 static bool is_pinned(struct sp_node *node, struct sp_arena *arena)
 {
@@ -23,6 +40,8 @@ static bool is_pinned(struct sp_node *node, struct sp_arena *arena)
 
 		if (n > SP_TAKE_PAGES)
 			n = SP_TAKE_PAGES;
+		if (n == 0 && extent->slot == SP_SLOT_AWAY && release_first(node, arena, &page))
+			continue;
 		if (n == 0) {
 			page = (uint64_t)extent->page + extent->count;
 			continue;
@@ -111,6 +130,28 @@ void sp_sealed_replace(struct sp_pager *pager, uint8_t *address, size_t n, int s
 							 SP_PAGE_SIZE) != 0)
 			outcomes[i] = WIRE_DIFFERS;
 	sp_pager_map_over(pager, address, n, side, outcomes);
+}
+
+void sp_sealed_evict(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n,
+		     const uint8_t *bytes, uint8_t *outcomes)
+{
+	size_t end;
+
+	read_pages(pager, address, n, outcomes);
+	for (size_t i = 0; i < n; i++)
+		if (outcomes[i] == WIRE_MERGED && memcmp(pager->bounce + i * SP_PAGE_SIZE,
+							 bytes + i * SP_PAGE_SIZE, SP_PAGE_SIZE) != 0)
+			outcomes[i] = WIRE_DIFFERS;
+	for (size_t i = 0; i < n; i = end) {
+		for (end = i + 1; end < n && outcomes[end] == outcomes[i];)
+			end++;
+		if (outcomes[i] != WIRE_MERGED)
+			continue;
+		if (sp_pager_let_go(pager, address + i * SP_PAGE_SIZE, shadow + i * SP_PAGE_SIZE, end - i))
+			memset(outcomes + i, WIRE_NO_MAPPING, end - i);
+		else /* who comes to write meanwhile waits, and then may not */
+			mprotect(address + i * SP_PAGE_SIZE, (end - i) * SP_PAGE_SIZE, PROT_READ);
+	}
 }
 
 int sp_sealed_restore(uint8_t *address, size_t n, int store, uint64_t slot)

@@ -22,6 +22,11 @@ int sp_mover_seal(struct sp_node *node, struct sp_arena *arena);
 void sp_sealed_replace(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot,
 		       uint8_t *outcomes);
 
+/* Let n <= SP_TAKE_PAGES private pages of a sealed arena go that are equal to `bytes`. One outcome a
+ * page. */
+void sp_sealed_evict(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n,
+		     const uint8_t *bytes, uint8_t *outcomes);
+
 /* Put private, read-only pages with the bytes of n <= SP_TAKE_PAGES slots in place of shared ones,
  * without a userfaultfd. -errno: nothing was changed. */
 int sp_sealed_restore(uint8_t *address, size_t n, int store, uint64_t slot);

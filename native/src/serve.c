@@ -28,7 +28,14 @@ static void follow_removal(struct sp_node *node, struct sp_arena *arena, uint64_
 		if (extent->page > page)
 			page = extent->page;
 		n = end - page;
-		sp_mover_discard_shared(node, arena, extent, page, &n);
+		if (extent->slot == SP_SLOT_AWAY) {
+			uint64_t last = (uint64_t)extent->page + extent->count;
+
+			n = last - page < n ? last - page : n;
+			sp_mover_follow_removal(node, arena, extent, page, n);
+		} else {
+			sp_mover_discard_shared(node, arena, extent, page, &n);
+		}
 		page += n;
 	}
 }
@@ -48,6 +55,10 @@ static void follow_move(struct sp_node *node, struct sp_arena *arena, uint64_t p
 
 		if (!extent)
 			continue;
+		if (extent->slot == SP_SLOT_AWAY) {
+			sp_mover_follow_away(node, arena, page + i, target);
+			continue;
+		}
 		slot = extent->slot + (page + i - extent->page);
 		while (extent->slot != SP_SLOT_IN_PLACE && sp_pager_copy_in_place(pager, target) &&
 		       sp_maps_slots(pager->maps, target, 1, arena->store, slot).pages > 0)
@@ -73,7 +84,7 @@ static void serve_write(struct sp_node *node, struct sp_arena *arena, uint64_t p
 {
 	const struct sp_extent *extent = sp_extents_at(&arena->extents, page);
 
-	if (extent && extent->slot != SP_SLOT_IN_PLACE)
+	if (extent && sp_extent_is_shared(extent))
 		arena->restore_next = page + sp_mover_restore_stretch(node, arena, extent, page,
 								      grown_run(arena, page));
 	else
@@ -85,8 +96,13 @@ static void serve_missing(struct sp_node *node, struct sp_arena *arena, uint64_t
 {
 	struct sp_pager *pager = &node->mover.pager;
 	uint8_t *address = arena->data + page * SP_PAGE_SIZE;
+	const struct sp_extent *extent = sp_extents_at(&arena->extents, page);
 
-	if (!sp_extents_at(&arena->extents, page))
+	if (extent && extent->slot == SP_SLOT_AWAY) {
+		sp_mover_serve_away(node, arena, page);
+		return;
+	}
+	if (!extent)
 		sp_pager_end_missing(pager, address, 1);
 	sp_pager_wake(pager, address, 1);
 }
@@ -131,18 +147,34 @@ static void serve(struct sp_node *node, struct sp_arena *arena, const struct sp_
 	sp_mover_count_stall(&node->mover, fault->when);
 }
 
-/* A fault in no arena: in a mapping that the application has moved away from one, or, under
- * mlockall(), which touches everything, in memory of the agent's own. */
-static void serve_stray(struct sp_pager *pager, const struct sp_fault *fault)
+/* Whether an address is memory of the agent's own, which holds nothing of the application's. */
+static bool is_own(const struct sp_mover *mover, uint64_t address)
 {
+	const struct sp_arena *arena = mover->arenas;
+
+	if (address - (uintptr_t)mover->pager.staging < SP_TAKE_PAGES * SP_PAGE_SIZE)
+		return true;
+	while (arena && address - (uintptr_t)arena->shadow >= arena->pages * SP_PAGE_SIZE)
+		arena = arena->mover_next;
+	return arena;
+}
+
+/* A fault in no arena: in a mapping that the application has moved away from one, or, under
+ * mlockall(), which touches everything, in memory of the agent's own. What is moved and missing was
+ * away: nobody knows any more what it held, and it must not read as zeros. */
+static void serve_stray(struct sp_mover *mover, const struct sp_fault *fault)
+{
+	struct sp_pager *pager = &mover->pager;
 	uint8_t *address = (uint8_t *)(uintptr_t)fault->address;
 
 	if (fault->kind == SP_FAULT_WRITE)
 		sp_pager_copy_in_place(pager, address);
 	else if (fault->kind == SP_FAULT_UNMAPPED)
 		sp_pager_map_again(pager, address, 1);
-	else if (fault->kind == SP_FAULT_MISSING)
+	else if (fault->kind == SP_FAULT_MISSING && is_own(mover, fault->address))
 		sp_pager_fill(pager, address, zero_page, 1);
+	else if (fault->kind == SP_FAULT_MISSING)
+		sp_pager_poison(pager, address, 1);
 	sp_pager_wake(pager, address, 1);
 }
 
@@ -169,7 +201,7 @@ void sp_mover_serve_faults(struct sp_node *node)
 		if (arena)
 			serve(node, arena, &fault);
 		else if (found)
-			serve_stray(&mover->pager, &fault);
+			serve_stray(mover, &fault);
 		for (arena = overflow ? mover->arenas : NULL; arena; arena = arena->mover_next)
 			sp_pager_wake(&mover->pager, arena->data, arena->pages);
 	}

@@ -11,8 +11,10 @@ with samepage.connect() as node:
 from samepage.client import Arena, Node, connect
 from samepage.errors import (
     ClosedError,
+    FetchTimeoutError,
     ForkedError,
     InvalidArgumentError,
+    LostError,
     NameTakenError,
     NotFoundError,
     NotRunningError,
@@ -46,9 +48,11 @@ __all__ = [
     "ArenaStats",
     "ClosedError",
     "DomainAccount",
+    "FetchTimeoutError",
     "ForkedError",
     "HostAccount",
     "InvalidArgumentError",
+    "LostError",
     "NameTakenError",
     "Node",
     "NodeStats",

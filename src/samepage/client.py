@@ -18,7 +18,7 @@ from typing import Self
 
 from samepage import native
 from samepage.errors import ClosedError, ForkedError, InvalidArgumentError, OutOfMemoryError
-from samepage.reports import ArenaInfo, ArenaStats, HostAccount, NodeStats, ShareReport
+from samepage.reports import PAGE_SIZE, ArenaInfo, ArenaStats, HostAccount, NodeStats, ShareReport
 from samepage.sizes import check_fits, parse_size
 
 DEFAULT_DIRECTORY = "/run/samepage"
@@ -291,24 +291,59 @@ class Arena:
             OutOfMemoryError: no mapping is left to do it with.
             ClosedError, ForkedError: as they say.
         """
-        for number in (offset, size):
-            if number < 0:
-                raise InvalidArgumentError(f"{number} is no number of bytes")
         memory = self._open()
-        if offset > self._size or size > self._size - offset:
-            raise InvalidArgumentError(
-                f"{size} bytes at offset {offset} are not inside the arena's {self._size}"
-            )
+        self._check_range(offset, size)
         try:
             native.discard(self._pointer, offset, size)
         finally:
             del memory
+
+    def fetch(self, offset: int = 0, size: int | None = None, timeout: float = 30.0) -> None:
+        """Bring pages back that are on other hosts, and wait until they are here.
+
+        A touch does that too, page by page, and waits for as long as it takes.
+
+        Args:
+            offset: bytes from the arena's start.
+            size: bytes; default: up to the arena's end.
+            timeout: seconds.
+
+        Raises:
+            LostError: no host has them any more.
+            FetchTimeoutError: it took longer; they go on coming.
+            InvalidArgumentError: not inside the arena, or a timeout that is no positive number.
+            ClosedError, ForkedError: as they say.
+        """
+        milliseconds = _milliseconds(timeout)
+        memory = self._open()
+        first, end = self._pages_around(offset, size)
+        try:
+            native.fetch(self._pointer, first, end - first, milliseconds)
+        finally:
+            del memory
+
+    def read(self, offset: int, size: int, timeout: float = 30.0) -> bytes:
+        """Return a copy of bytes. Where bytes are lost, it raises, and touching them is a SIGBUS.
+
+        Args:
+            offset: bytes from the arena's start.
+            size: bytes.
+            timeout: seconds to wait for pages that are on other hosts.
+
+        Raises:
+            LostError, FetchTimeoutError, InvalidArgumentError, ClosedError, ForkedError: as
+                `fetch` does.
+        """
+        self.fetch(offset, size, timeout)
+        return bytes(memoryview(self._open()).cast("B")[offset : offset + size])
 
     def unshare(self) -> None:
         """Make every page private again; later passes may merge them once more.
 
         Raises:
             OutOfMemoryError: there is no memory for the copies.
+            LostError: done, but bytes are lost. Pages on other hosts come back first, and it waits
+                for them.
             ClosedError, ForkedError: as they say.
         """
         memory = self._open()
@@ -322,6 +357,7 @@ class Arena:
 
         Raises:
             OutOfMemoryError: there is no memory for the copies; the arena stays open.
+            LostError: it is closed, but bytes are lost.
             ForkedError: in a child of the process that made it.
         """
         _refuse_fork(self._connection.pid)
@@ -338,6 +374,22 @@ class Arena:
         except OutOfMemoryError:
             self._memory = memory
             raise
+
+    def _check_range(self, offset: int, size: int) -> None:
+        for number in (offset, size):
+            if number < 0:
+                raise InvalidArgumentError(f"{number} is no number of bytes")
+        if offset > self._size or size > self._size - offset:
+            raise InvalidArgumentError(
+                f"{size} bytes at offset {offset} are not inside the arena's {self._size}"
+            )
+
+    def _pages_around(self, offset: int, size: int | None) -> tuple[int, int]:
+        """Where the pages that hold a range begin and end, in bytes."""
+        if size is None:
+            size = max(self._size - offset, 0)
+        self._check_range(offset, size)
+        return offset // PAGE_SIZE * PAGE_SIZE, -(-(offset + size) // PAGE_SIZE) * PAGE_SIZE
 
     def _open(self) -> ctypes.Array[ctypes.c_ubyte]:
         """Return the memory; whoever holds it may use the pointer."""

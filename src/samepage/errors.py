@@ -6,12 +6,14 @@ SamepageError
 ├── NotRunningError (ConnectionError)   start the daemons, or point SAMEPAGE_DIR at them
 ├── ServiceUnavailableError             a daemon is away: memory is safe, try again later
 ├── ShareTimeoutError (TimeoutError)    what was begun goes on; ask again
+├── FetchTimeoutError (TimeoutError)    pages go on coming; ask again
 ├── ProtocolVersionError                upgrade the older side
 ├── OutOfMemoryError (MemoryError)      ask for less
 ├── UnsupportedKernelError              see `samepage doctor`
 ├── PinnedError                         I/O is in flight: let it finish, then try again
 ├── SealedError                         the arena can only be read
 ├── PermissionDeniedError (PermissionError)   it is not for this process: ask the operator
+├── LostError                           bytes are lost: no host has them any more
 ├── ClosedError (ValueError)            the arena or node is closed
 ├── ForkedError                         connect anew in the child
 └── NotFoundError (LookupError)         no arena of that name
@@ -44,6 +46,10 @@ class ShareTimeoutError(SamepageError, TimeoutError):
     """share() did not finish in time. What was begun goes on; ask again."""
 
 
+class FetchTimeoutError(SamepageError, TimeoutError):
+    """Pages did not come from other hosts in time. They go on coming; ask again."""
+
+
 class ProtocolVersionError(SamepageError):
     """Library and daemon speak different protocol versions: upgrade the older one."""
 
@@ -66,6 +72,10 @@ class SealedError(SamepageError):
 
 class PermissionDeniedError(SamepageError, PermissionError):
     """Who this process is does not allow it: the text says what is, or ask the operator."""
+
+
+class LostError(SamepageError):
+    """Pages were on other hosts, and no host that held them is left. Touching one is a SIGBUS."""
 
 
 class ClosedError(SamepageError, ValueError):

@@ -38,6 +38,7 @@ class Feature(enum.IntFlag):
     PAGEMAP_SCAN = 1 << 5
     TRACKING = 1 << 6
     DISCARD = 1 << 7
+    AWAY = 1 << 8
 
 
 NodePointer = ctypes.c_void_p
@@ -62,6 +63,7 @@ ERRORS: Mapping[int, type[errors.SamepageError]] = {
     errno.ENOSYS: errors.UnsupportedKernelError,
     errno.EOPNOTSUPP: errors.UnsupportedKernelError,
     errno.EBUSY: errors.PinnedError,
+    errno.EIO: errors.LostError,
     errno.EPERM: errors.SealedError,
     errno.EBADF: errors.ClosedError,
     errno.ECHILD: errors.ForkedError,
@@ -144,6 +146,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_arena_stats", number, [pointer, ctypes.POINTER(_ArenaStats)]),
         ("sp_arena_seal", number, [pointer]),
         ("sp_arena_discard", number, [pointer, ctypes.c_size_t, ctypes.c_size_t]),
+        ("sp_arena_fetch", number, [pointer, ctypes.c_size_t, ctypes.c_size_t, number]),
         ("sp_arena_unshare", number, [pointer]),
         ("sp_arena_close", number, [pointer]),
         ("sp_arena_free", None, [pointer]),
@@ -283,6 +286,20 @@ def discard(arena: ArenaPointer, offset: int, size: int) -> None:
         ClosedError, ForkedError: as they say.
     """
     _check(_library().sp_arena_discard(arena, offset, size))
+
+
+def fetch(arena: ArenaPointer, offset: int, size: int, timeout_ms: int) -> None:
+    """Bring pages back from other hosts, and wait for them. Both numbers in bytes, whole pages.
+
+    Raises:
+        LostError: no host has them any more.
+        FetchTimeoutError: not all here after `timeout_ms` milliseconds.
+        InvalidArgumentError, ClosedError, ForkedError: as samepage.errors says.
+    """
+    _check(
+        _library().sp_arena_fetch(arena, offset, size, timeout_ms),
+        {errno.ETIMEDOUT: errors.FetchTimeoutError},
+    )
 
 
 def unshare(arena: ArenaPointer) -> None:

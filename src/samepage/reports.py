@@ -48,7 +48,8 @@ class ArenaStats:
         private: this arena's own.
         shared: mapped to a shared page.
         absent: never written, or discarded: they take no memory and read as zero.
-        evicted: not on this host at the moment; a touch brings them back.
+        evicted: not on this host at the moment; a touch brings them back, or, where bytes are
+            lost, is an error.
         saved_bytes: what sharing saves this arena: for each shared page
             4096 * (1 - 1/sharers) bytes. 0 when the merger is away.
     """

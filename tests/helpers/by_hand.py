@@ -18,6 +18,11 @@ WINDOW = wire.READ_PAGES_MAX * PAGE_SIZE
 SCANNER_WINDOW = wire.FINGERPRINT_PAGES_MAX * 17
 
 
+def digest_of(page: int) -> bytes:
+    """What stands for the digest of a page: the agent only keeps it."""
+    return page.to_bytes(wire.DIGEST_BYTES, "big")
+
+
 class Merger:
     """A merger."""
 
@@ -49,6 +54,8 @@ class Merger:
     def receive(self, kind: Type) -> wire.Message:
         """Return the next message, which must be of this kind."""
         message = wire.parse(self.agent.recv(wire.MESSAGE_MAX))
+        while message.type is Type.STALLS and kind is not Type.STALLS:
+            message = wire.parse(self.agent.recv(wire.MESSAGE_MAX))
         assert message.type is kind
         return message
 
@@ -83,6 +90,61 @@ class Merger:
     def read_window(self, offset: int, length: int) -> bytes:
         """Return bytes of the window."""
         return os.pread(self.window, length, offset)
+
+    def outcomes(self, kind: Type, payload: bytes) -> list[int]:
+        """Give an order and return its outcomes."""
+        self.order(kind, payload)
+        error, outcomes = wire.unpack_outcomes(self.receive(Type.DONE))
+        assert error == 0
+        return [int(outcome) for outcome in outcomes]
+
+    def make_away(self, first: int, count: int) -> list[int]:
+        """Have pages be away; their digest is their number."""
+        outcomes: list[int] = []
+        for low in range(first, first + count, wire.AWAY_PAGES_MAX):
+            pages = range(low, min(low + wire.AWAY_PAGES_MAX, first + count))
+            records = b"".join(page.to_bytes(8, "little") + digest_of(page) for page in pages)
+            outcomes += self.outcomes(Type.AWAY, records)
+        return outcomes
+
+    def write_window(self, data: bytes) -> None:
+        """Put bytes at the window's beginning."""
+        os.pwrite(self.window, data, 0)
+
+    def fill(self, data: bytes, *ranges: tuple[int, int]) -> list[int]:
+        """Fill ranges of away pages with their part of what the whole arena holds."""
+        self.write_window(
+            b"".join(data[page * PAGE_SIZE : (page + count) * PAGE_SIZE] for page, count in ranges)
+        )
+        payload = b"".join(wire.PAGE_RANGE.pack(*pages) for pages in ranges)
+        return self.outcomes(Type.FILL, payload)
+
+    def evict(self, data: bytes, *ranges: tuple[int, int]) -> list[int]:
+        """Have pages evicted that are equal to their part of what the whole arena shall hold."""
+        pages = [page + at for page, count in ranges for at in range(count)]
+        self.write_window(b"".join(data[at * PAGE_SIZE : (at + 1) * PAGE_SIZE] for at in pages))
+        payload = b"".join(wire.PAGE_RANGE.pack(*span) for span in ranges)
+        return self.outcomes(Type.EVICT, payload + b"".join(digest_of(page) for page in pages))
+
+    def announced(self) -> wire.ArenaOpen:
+        """Take an arena that is announced again, with all that is away, and answer."""
+        opened = self.receive(Type.ARENA_OPEN)
+        wanted = wire.unpack_arena_open(opened)
+        told = 0
+        if wanted.extents:
+            self.receive(Type.EXTENTS)
+        while told < wanted.away:
+            told += len(wire.unpack_records(wire.AWAY, self.receive(Type.AWAY_PAGES)))
+        answer = wire.pack(Type.ARENA_OPENED, opened.seq, 1, wire.ARENA_OPENED.pack(7))
+        socket.send_fds(self.agent, [answer], [self.store])
+        return wanted
+
+    def wanted(self) -> list[tuple[int, int]]:
+        """Return the ranges of the next FETCH."""
+        ranges: list[tuple[int, int]] = wire.unpack_records(
+            wire.RANGE, self.receive(Type.FETCH)
+        ).tolist()
+        return ranges
 
     def ask(self, kind: Type, payload: bytes) -> int:
         """Give an order and return the error in its DONE."""

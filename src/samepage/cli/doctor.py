@@ -54,8 +54,8 @@ _FEATURES = {
     native.Feature.POISON: (
         "6.6",
         False,
-        "a page whose bytes were lost on another host makes its reader wait, instead of raising "
-        "an error; sharing on one host does not need it",
+        "arenas cannot be cloned, migrated or evicted, since lost bytes could not be told of; "
+        "sharing on one host does not need it",
     ),
     native.Feature.PAGEMAP_SCAN: (
         "6.7",
@@ -74,6 +74,12 @@ _FEATURES = {
         False,
         "shared pages that an application discards with madvise() show their old bytes, not "
         "zeros; Arena.discard() works",
+    ),
+    native.Feature.AWAY: (
+        "6.8",
+        False,
+        "pages cannot be on other hosts: arenas are neither cloned nor migrated here, nor evicted; "
+        "sharing on one host does not need it",
     ),
 }
 
