@@ -46,6 +46,26 @@ class AwayRequests(Protocol):
         """
 
 
+class CloneRequests(Protocol):
+    """Who makes clones. Called in the event loop, must not block."""
+
+    def clone(self, session: Session, message: wire.Message) -> None:
+        """Begin one.
+
+        Raises:
+            ProtocolError: the message makes no sense.
+        """
+
+    def opened(self, session: Session, arena: Arena) -> None:
+        """An agent has made an arena."""
+
+    def closed(self, session: Session, number: int) -> None:
+        """An agent has closed an arena, or was refused one."""
+
+    def disconnected(self, session: Session) -> None:
+        """An agent's connection has ended."""
+
+
 class _Announcement:
     """How far the extents and the away pages of an arena have come.
 
@@ -73,6 +93,9 @@ class Agents:
         domains: the books to keep.
         wake: called when an arena went to limbo.
         requests: who answers what agents ask for about away pages; None where nobody does.
+
+    Attributes:
+        clones: who makes clones; None where nobody does.
     """
 
     def __init__(
@@ -81,6 +104,7 @@ class Agents:
         self._domains = domains
         self._wake = wake
         self._requests = requests
+        self.clones: CloneRequests | None = None
         self._evictions: set[asyncio.Task[None]] = set()
         self._sessions: dict[Peer, Session] = {}
         self._by_agent: dict[bytes, Session] = {}
@@ -96,6 +120,7 @@ class Agents:
             wire.Type.AWAY_PAGES: self._away_pages,
             wire.Type.FETCH: self._fetch,
             wire.Type.EVICT_ARENA: self._evict,
+            wire.Type.CLONE: self._clone,
             wire.Type.RESTORED: self._restored,
             wire.Type.STALLS: self._stalled,
             wire.Type.ACCOUNT: self._account,
@@ -134,6 +159,8 @@ class Agents:
         if session is None:
             return
         del self._by_agent[peer.agent]
+        if self.clones is not None:
+            self.clones.disconnected(session)
         for arena in (*session.arenas.values(), *session.closing):
             self._forget_announcement(arena)
             arena.domain.disconnect(arena)
@@ -152,6 +179,8 @@ class Agents:
             handle(self._sessions[peer], message, descriptors)
         except RefusedError as refused:
             peer.refuse(message, *refused.args)
+            if message.type is wire.Type.ARENA_OPEN and self.clones is not None:
+                self.clones.closed(self._sessions[peer], message.arena)
 
     def _open(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         wanted = wire.unpack_arena_open(message)
@@ -217,6 +246,8 @@ class Agents:
         finally:
             os.close(fd)
         log.debug("arena opened", domain=domain.name, name=arena.name, pages=arena.pages)
+        if self.clones is not None:
+            self.clones.opened(session, arena)
 
     def _announce(
         self,
@@ -343,7 +374,14 @@ class Agents:
         self._wake()
         log.debug("arena announced again", domain=arena.domain.name, name=arena.name)
 
+    def _clone(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        if self.clones is None:
+            raise RefusedError(errno.EOPNOTSUPP, "this merger clones nothing: give it an index")
+        self.clones.clone(session, message)
+
     def _close(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        if self.clones is not None:
+            self.clones.closed(session, message.arena)
         arena = session.arenas.get(message.arena)
         if arena is None:
             return

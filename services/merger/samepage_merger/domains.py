@@ -416,6 +416,11 @@ class Domains:
         """Return a domain by its id, if it has a store here."""
         return self._domains.get(domain_id)
 
+    def lives(self, domain_id: bytes, lock: int) -> bool:
+        """Whether a process of this host has the arena with this lock."""
+        domain = self._domains.get(domain_id)
+        return domain is not None and domain.locks.held(lock)
+
     def arenas(self) -> Iterator[Arena]:
         """All arenas that have a name, those in limbo too."""
         for domain in self:

@@ -106,6 +106,14 @@ class Orders:
             arena.domain.free(books.release(guard))
         return np.concatenate(outcomes) if outcomes else np.empty(0, np.uint8)
 
+    async def away(self, arena: Arena, pages: Int64s, digests: Digests) -> Outcomes:
+        """Let absent pages (ascending, each once) be away; MERGED where they are."""
+        outcomes = np.full(pages.size, GONE, np.uint8)
+        for low in range(0, pages.size, wire.AWAY_PAGES_MAX):
+            part = slice(low, low + wire.AWAY_PAGES_MAX)
+            outcomes[part] = await self._away_part(arena, pages[part], digests[part])
+        return outcomes
+
     async def evict(self, arena: Arena, pages: Int64s, data: Bytes, digests: Digests) -> Outcomes:
         """Let at most EVICT_PAGES_MAX pages (ascending, each once) that still hold these bytes go
         away; MERGED where they did. Their digests are pinned until that is known."""
@@ -175,6 +183,18 @@ class Orders:
                 )
             except _FailedError as failed:
                 return np.full(pages.size, failed.args[0], np.uint8)
+
+    async def _away_part(self, arena: Arena, pages: Int64s, digests: Digests) -> Outcomes:
+        records = np.empty(pages.size, wire.AWAY)
+        records["page"] = pages
+        records["digest"] = np.ascontiguousarray(digests).view("V32").reshape(-1)
+        apply, undone = _pinned(arena, pages, digests)
+        try:
+            return await self._send(
+                arena, wire.Type.AWAY, records.tobytes(), pages.size, apply=apply, undone=undone
+            )
+        except _FailedError as failed:
+            return np.full(pages.size, failed.args[0], np.uint8)
 
     async def _replace_part(
         self, arena: Arena, pages: Int64s, slots: Int64s, extents: npt.NDArray[np.void]
@@ -278,8 +298,8 @@ def _no_longer_away(arena: Arena, pages: Int64s, outcomes: Outcomes) -> None:
 
 
 def _pinned(arena: Arena, pages: Int64s, digests: Digests) -> tuple[Apply, Callable[[], None]]:
-    """Pin the digests of an order to evict; return what to call with its outcomes, and what to call
-    when it comes to nothing."""
+    """Pin the digests of an order to let pages go; return what to call with its outcomes, and what
+    to call when it comes to nothing."""
     domain = arena.domain
     unpin = functools.partial(domain.unpin, arena, domain.pin(arena, digests))
 

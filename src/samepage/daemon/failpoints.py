@@ -22,6 +22,18 @@ _directory = os.environ.get(VARIABLE, "")
 
 #: Every failpoint, and what has just happened, or is about to, when a daemon comes by.
 FAILPOINTS: dict[str, str] = {
+    "clone.asked": "an agent asked for a clone",
+    "clone.snapshot": "the source has a snapshot, and that is noted here",
+    "clone.opened": "the agent has made the arena",
+    "clone.away": "all pages are away",
+    "clone.mapped": "pages that were here are mapped",
+    "clone.fetched": "pages have come, and are to be mapped",
+    "clone.whole": "no page is away, and the agent is to be told",
+    "clone.told": "the agent was told",
+    "migrate.round": "a round has come",
+    "migrate.frozen": "the last round has come, and the source is frozen",
+    "migrate.noted": "it is noted that the source is asked to leave",
+    "migrate.left": "the source has answered whether it left",
     "spill.written": "pages were written to the spill file, and not synced",
     "spill.synced": "pages are in the spill file, and nobody knows",
 }

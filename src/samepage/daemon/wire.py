@@ -261,3 +261,53 @@ class ArenaOpen:
     domain: str
     away: int = 0
     left: bytes = bytes(16)
+
+
+CLONE_LAZY = 1
+CLONE_MIGRATE = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Clone:
+    """The payload of CLONE; see docs/protocol.md."""
+
+    lazy: bool
+    migrate: bool
+    max_freeze_ms: int
+    host: str
+    source: str
+    name: str
+    domain: str
+
+
+def unpack_clone(message: Message) -> Clone:
+    """Return what a CLONE asks for; host, names and domain are checked by the caller.
+
+    Raises:
+        ProtocolError: the payload does not hold what it says, or is not UTF-8.
+    """
+    if len(message.payload) < CLONE.size:
+        raise ProtocolError("CLONE is too short")
+    flags, max_freeze_ms, *lengths = CLONE.unpack_from(message.payload)
+    if len(message.payload) != CLONE.size + sum(lengths):
+        raise ProtocolError("CLONE does not hold the texts that it says")
+    if flags > CLONE_LAZY | CLONE_MIGRATE:
+        raise ProtocolError(f"CLONE with flags 0x{flags:x}")
+    texts, at = [], CLONE.size
+    for length in lengths:
+        texts.append(message.payload[at : at + length])
+        at += length
+    try:
+        host, source, name, domain = (text.decode() for text in texts)
+    except UnicodeDecodeError as error:
+        raise ProtocolError("CLONE with a text that is not UTF-8") from error
+    lazy, migrate = bool(flags & CLONE_LAZY), bool(flags & CLONE_MIGRATE)
+    return Clone(lazy, migrate, max_freeze_ms, host, source, name, domain)
+
+
+def pack_clone(wanted: Clone) -> bytes:
+    """Return the payload of CLONE."""
+    texts = [t.encode() for t in (wanted.host, wanted.source, wanted.name, wanted.domain)]
+    flags = CLONE_LAZY * wanted.lazy | CLONE_MIGRATE * wanted.migrate
+    lengths = [len(text) for text in texts]
+    return CLONE.pack(flags, wanted.max_freeze_ms, *lengths) + b"".join(texts)

@@ -39,6 +39,7 @@ STATUS: tuple[tuple[type[errors.SamepageError], grpc.StatusCode], ...] = (
     (errors.SamepageError, grpc.StatusCode.INTERNAL),
 )
 
+_NOT_YET = "this version's library makes no clones"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -137,6 +138,18 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
         async with _Telling(context):
             await self._held.seal(self._held.find(request.domain, request.arena))
             return arenas_pb2.SealArenaResponse()
+
+    async def CloneArena(  # type: ignore[override]  # sends nothing
+        self, request: arenas_pb2.CloneArenaRequest, context: Context
+    ) -> None:
+        """Not before the library can."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, _NOT_YET)
+
+    async def MigrateArena(  # type: ignore[override]  # sends nothing
+        self, request: arenas_pb2.MigrateArenaRequest, context: Context
+    ) -> None:
+        """Not before the library can."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, _NOT_YET)
 
     async def StatArena(
         self, request: arenas_pb2.StatArenaRequest, context: Context

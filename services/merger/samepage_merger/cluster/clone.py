@@ -1,0 +1,339 @@
+"""Makes arenas that are copies of other hosts': the destination's side of clone (docs/cluster.md).
+
+Theory. An agent asks (CLONE), and a task of its own works it off: the source makes a snapshot and
+tells of its pages, stretch by stretch. As soon as it is known how many there are the agent makes
+the arena, in which nobody can look yet. The pages of each stretch that hold more than zeros become
+away pages of it, and land (landing.py) while the next stretch is on its way. When the last has
+landed the agent is told, and the application has the arena.
+
+Whatever goes wrong before ends the task, and with it everything: the agent is refused and drops the
+arena, slots that no page maps are freed, the source forgets its snapshot. What was begun is noted
+in a file, so that a merger that restarts tells the source.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from dataclasses import dataclass
+
+import numpy as np
+import structlog
+
+from samepage.daemon import secrets, wire
+from samepage.daemon.failpoints import failpoint
+from samepage.errors import (
+    InvalidArgumentError,
+    NotFoundError,
+    SamepageError,
+    ServiceUnavailableError,
+)
+from samepage_merger.cluster.digests import are_zero
+from samepage_merger.cluster.handover import HandOvers, Hosts, Key
+from samepage_merger.cluster.journal import Journal, Note
+from samepage_merger.cluster.landing import Chunk, Landing, Tools, check
+from samepage_merger.cluster.migrate import Migration
+from samepage_merger.cluster.source import Snapshot, Stretch
+from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session
+
+_PROGRESS_SECONDS = 0.1
+_OPEN_SECONDS = 30.0
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Services:
+    """What clones need.
+
+    Attributes:
+        node: this host's name.
+        lease_seconds: how long other hosts keep pages for this one unless it renews that.
+    """
+
+    node: str
+    hosts: Hosts
+    tools: Tools
+    domains: Domains
+    journal: Journal
+    lease_seconds: float
+
+
+class Clones:
+    """All clones and migrations under way, by agent and number of the arena.
+
+    Args:
+        handovers: those that came to the point where the source was asked to leave.
+    """
+
+    def __init__(self, services: Services, handovers: HandOvers) -> None:
+        self._services = services
+        self._handovers = handovers
+        self._clones: dict[Key, Clone] = {}
+        self._tasks: dict[asyncio.Task[None], Key] = {}
+
+    def __len__(self) -> int:
+        return len(self._clones)
+
+    def clone(self, session: Session, message: wire.Message) -> None:
+        """Begin what an agent asks for; what stands in the way it is told later.
+
+        Raises:
+            ProtocolError: it makes no sense.
+        """
+        wanted = wire.unpack_clone(message)
+        key = session.peer.agent, message.arena
+        if message.arena == 0 or key in self._clones:
+            raise wire.ProtocolError(f"CLONE of arena {message.arena}")
+        clone = Clone(self._services, self._handovers, session, message, wanted)
+        self._clones[key] = clone
+        task = asyncio.ensure_future(clone.run())
+        self._tasks[task] = key
+        task.add_done_callback(self._ended)
+
+    def opened(self, session: Session, arena: Arena) -> None:
+        """An agent has made an arena, maybe one that a clone waits for."""
+        clone = self._clones.get((session.peer.agent, arena.number))
+        if clone is not None:
+            clone.opened(arena)
+
+    def closed(self, session: Session, number: int) -> None:
+        """An agent has closed an arena, or cannot make it: it gives up."""
+        key = session.peer.agent, number
+        self._handovers.forget(key)
+        self._cancel(key)
+
+    def disconnected(self, session: Session) -> None:
+        """An agent's connection has ended."""
+        for key in list(self._clones):
+            if key[0] == session.peer.agent:
+                self._cancel(key)
+
+    async def close(self) -> None:
+        """End all of them."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _cancel(self, key: Key) -> None:
+        self._clones.pop(key, None)
+        for task, number in self._tasks.items():
+            if number == key:
+                task.cancel()
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        key = self._tasks.pop(task)
+        if key not in self._tasks.values():
+            self._clones.pop(key, None)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a clone failed", exc_info=error)
+
+
+class Clone:
+    """One clone or migration, from the agent's request to its answer."""
+
+    def __init__(
+        self,
+        services: Services,
+        handovers: HandOvers,
+        session: Session,
+        message: wire.Message,
+        wanted: wire.Clone,
+    ) -> None:
+        self._services = services
+        self._handovers = handovers
+        self._session = session
+        self._message = message
+        self._wanted = wanted
+        self._arena: asyncio.Future[Arena] = asyncio.get_running_loop().create_future()
+        self._pages = 0
+        self._zero = 0
+        self._landing: Landing | None = None
+        self._lazy: list[Chunk] = []
+        # Of the snapshot that is to be ended when this ends.
+        self._note: Note | None = None
+
+    def opened(self, arena: Arena) -> None:
+        """The agent has made the arena."""
+        if not self._arena.done():
+            self._arena.set_result(arena)
+
+    async def run(self) -> None:
+        """Do it, and tell the agent what became of it."""
+        peer, message = self._session.peer, self._message
+        try:
+            freeze_us = await self._made()
+        except RefusedError as refused:
+            peer.refuse(message, *refused.args)
+        except NotFoundError as error:
+            peer.refuse(message, errno.ENOENT, str(error))
+        except InvalidArgumentError as error:
+            peer.refuse(message, errno.EINVAL, str(error))
+        except ServiceUnavailableError as error:
+            peer.refuse(message, errno.EAGAIN, str(error))
+        except (SamepageError, MemoryError, OSError) as error:
+            log.warning("a clone failed", why=str(error))
+            peer.refuse(message, getattr(error, "errno", None) or errno.EIO, str(error))
+        except Exception:
+            peer.refuse(message, errno.EIO, "the merger failed: see its log")
+            raise
+        else:
+            payload = wire.CLONED.pack(*self._counts(), freeze_us)
+            peer.send(wire.Type.CLONED, message.seq, message.arena, payload)
+            failpoint("clone.told")
+            if self._wanted.lazy and self._landing is not None:
+                await self._bring(self._landing)
+
+    async def _made(self) -> int:
+        """Make the arena; return for how long its writers had to wait, in microseconds."""
+        key = self._session.peer.agent, self._message.arena
+        if (known := self._handovers.find(key)) is not None:
+            return (await known.result()).freeze_us
+        if key[1] in self._session.arenas:
+            raise RefusedError(errno.ENOENT, _UNKNOWN)
+        wanted = self._wanted
+        failpoint("clone.asked")
+        domain = self._checked_domain()
+        stub = await self._services.hosts.stub(wanted.host)
+        services = self._services
+        snapshot = Snapshot(
+            stub, wanted.host, domain.id, wanted.source, services.node, services.lease_seconds
+        )
+        return await self._from(snapshot)
+
+    def _checked_domain(self) -> Domain:
+        wanted = self._wanted
+        if wanted.host == self._services.node:
+            text = f"{wanted.source!r} is on this host already: name another host"
+            raise RefusedError(errno.EINVAL, text)
+        if wanted.migrate and (wanted.lazy or not wanted.max_freeze_ms):
+            text = "a migration cannot be lazy, and needs a longest freeze of 1 ms or more"
+            raise RefusedError(errno.EINVAL, text)
+        secrets.check_name(wanted.source)
+        secrets.check_name(wanted.name)
+        domain = self._services.domains.open(wanted.domain)
+        domain.claim(wanted.name, self._session.peer.agent)
+        return domain
+
+    async def _from(self, snapshot: Snapshot) -> int:
+        telling = asyncio.ensure_future(self._tell_forever())
+        try:
+            async with contextlib.aclosing(snapshot.round()) as stretches:
+                first = await anext(stretches)
+                self._note = Note(snapshot.host, snapshot.id.hex())
+                self._services.journal.write(self._note)
+                failpoint("clone.snapshot")
+                arena = await self._open_arena(snapshot.pages)
+                landing = self._landing = Landing(self._services.tools, arena, snapshot.host)
+                await self._take_in(arena, first, landing)
+                async for stretch in stretches:
+                    await self._take_in(arena, stretch, landing)
+            failpoint("clone.away")
+            if self._wanted.lazy:
+                await snapshot.end(keep_holds=True)
+                return 0
+            await landing.finish()
+            if self._wanted.migrate:
+                return await self._hand_over(snapshot, arena, landing)
+            _check_complete(arena)
+            failpoint("clone.whole")
+            return 0
+        finally:
+            telling.cancel()
+            if self._landing is not None and not self._wanted.lazy:
+                await self._landing.stop()
+            if self._note is not None:
+                self._handovers.end(self._note)
+
+    async def _hand_over(self, snapshot: Snapshot, arena: Arena, landing: Landing) -> int:
+        """Have the source leave; return for how long its writers had to wait."""
+        seconds = self._wanted.max_freeze_ms / 1000
+        migration = Migration(self._services.tools.orders, snapshot, arena, landing, seconds)
+        await migration.settle()
+        frozen_at = await migration.freeze()
+        _check_complete(arena)
+        note = Note(
+            snapshot.host,
+            snapshot.id.hex(),
+            arena.agent.hex(),
+            arena.domain.id.hex(),
+            arena.number,
+            arena.lock,
+        )
+        handover = self._handovers.begin(note, frozen_at)
+        # From here on it is not this task's any more.
+        self._note = None
+        return (await handover.result()).freeze_us
+
+    async def _open_arena(self, pages: int) -> Arena:
+        """Have the agent make the arena, with so many absent pages."""
+        self._pages = pages
+        self._tell()
+        try:
+            async with asyncio.timeout(_OPEN_SECONDS):
+                arena = await self._arena
+        except TimeoutError:
+            raise RefusedError(errno.ETIMEDOUT, "this process did not make the arena") from None
+        if arena.pages != pages or arena.name != self._wanted.name:
+            raise RefusedError(errno.EPROTO, "this process made another arena than it asked for")
+        failpoint("clone.opened")
+        return arena
+
+    async def _take_in(self, arena: Arena, stretch: Stretch, landing: Landing) -> None:
+        """Let the stretch's pages be away, and have them land."""
+        chunk = Chunk(stretch.pages, stretch.digests, stretch.fingerprints)
+        zero = are_zero(chunk.digests)
+        self._zero += int(np.count_nonzero(zero))
+        chunk = chunk[~zero]
+        check(await self._services.tools.orders.away(arena, chunk.pages, chunk.digests))
+        if self._wanted.lazy:
+            self._lazy.append(chunk)
+        else:
+            await landing.take(chunk)
+
+    async def _bring(self, landing: Landing) -> None:
+        """Bring the pages of a lazy clone, which the application has already."""
+        try:
+            for chunk in self._lazy:
+                await landing.take(chunk)
+            await landing.finish()
+        except RefusedError as refused:
+            log.info("the pages of a lazy clone come as they are touched", why=refused.args[1])
+        finally:
+            await landing.stop()
+
+    async def _tell_forever(self) -> None:
+        """Tell the agent how far it is, whenever that has changed."""
+        told = self._counts()
+        while True:
+            await asyncio.sleep(_PROGRESS_SECONDS)
+            if self._pages and self._counts() != told:
+                told = self._counts()
+                self._tell()
+
+    def _tell(self) -> None:
+        peer, message = self._session.peer, self._message
+        payload = wire.CLONING.pack(*self._counts())
+        peer.send(wire.Type.CLONING, message.seq, message.arena, payload)
+
+    def _counts(self) -> tuple[int, int, int, int]:
+        """Pages in all, here already, fetched, missing; what is left over holds only zeros."""
+        landing = self._landing
+        local, fetched = (landing.mapped, landing.fetched) if landing is not None else (0, 0)
+        return self._pages, local, fetched, max(0, self._pages - self._zero - local - fetched)
+
+
+def _check_complete(arena: Arena) -> None:
+    """See that no page is away.
+
+    Raises:
+        RefusedError: one is.
+    """
+    if arena.away.away:
+        text = f"{arena.away.away} pages could not be mapped: try again"
+        raise RefusedError(errno.EAGAIN, text)
+
+
+_UNKNOWN = "the merger has started anew since: nothing is left of the migration here"

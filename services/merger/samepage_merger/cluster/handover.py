@@ -1,0 +1,204 @@
+"""Asks other hosts to let go, until it is known that they have: hand-overs, and snapshots' ends.
+
+What is to be asked is in a note (journal.py), so it survives this merger. A host that has no lease
+in the index for a while, and does not answer, is gone, and its memory with it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from typing import Any, Protocol
+
+import structlog
+
+from samepage.daemon.failpoints import failpoint
+from samepage.errors import NotFoundError, SamepageError
+from samepage.v1 import pages_pb2_grpc
+from samepage_merger.cluster.journal import Journal, Note
+from samepage_merger.cluster.source import Snapshot
+from samepage_merger.domains import Domains, RefusedError
+
+_ASK_SECONDS = 5.0
+_PAUSE_SECONDS = 0.1
+_PAUSE_SECONDS_MAX = 10.0
+# A lease may lapse while the host is well: its scanner restarts, the index is replaced.
+_GONE_SECONDS = 30.0
+_SWEEP_SECONDS = 2.0
+
+Key = tuple[bytes, int]
+
+log = structlog.get_logger(__name__)
+
+
+class Hosts(Protocol):
+    """The other hosts of the cluster."""
+
+    async def stub(self, host: str) -> pages_pb2_grpc.PagesAsyncStub:
+        """Return how a host's merger is called.
+
+        Raises:
+            NotFoundError: no host of that name has a lease.
+            ServiceUnavailableError: the index is away.
+        """
+
+
+class HandOver:
+    """One arena that its source is asked to leave to this host."""
+
+    def __init__(self, note: Note, known: asyncio.Future[Note]) -> None:
+        self.note = note
+        self._known = known
+
+    async def result(self) -> Note:
+        """Return what became of it, as soon as it is known.
+
+        Raises:
+            RefusedError: the source kept the arena.
+        """
+        note = await asyncio.shield(self._known)
+        if not note.left:
+            raise RefusedError(
+                errno.ETIMEDOUT, f"the freeze was over: {note.host!r} kept the arena"
+            )
+        return note
+
+
+class HandOvers:
+    """All hand-overs of this host, and what is yet to be ended elsewhere.
+
+    Args:
+        domains: of this host, which tell whether an arena lives.
+    """
+
+    def __init__(self, hosts: Hosts, journal: Journal, domains: Domains) -> None:
+        self._hosts = hosts
+        self._journal = journal
+        self._domains = domains
+        self._by_key: dict[Key, HandOver] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Go on with what an earlier life of this merger began; keep the notes short."""
+        for note in self._journal.read():
+            if note.leaving:
+                self._begin(note, time.monotonic() - note.freeze_us / 1e6)
+            else:
+                self.end(note)
+        self._spawn(self._sweep_forever())
+
+    async def close(self) -> None:
+        """Stop asking; the notes stay."""
+        for task in self._tasks:
+            task.cancel()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def find(self, key: Key) -> HandOver | None:
+        """Return the hand-over of an agent's arena."""
+        return self._by_key.get(key)
+
+    def begin(self, note: Note, frozen_at: float) -> HandOver:
+        """Ask the source to leave; from now on nobody but it decides whose the arena is.
+
+        Raises:
+            OSError: that cannot be noted: nobody was asked.
+        """
+        note = replace(note, leaving=True)
+        self._journal.write(note)
+        failpoint("migrate.noted")
+        return self._begin(note, frozen_at)
+
+    def end(self, note: Note) -> None:
+        """Let a source forget a snapshot, in the background; its note goes when it has."""
+        self._spawn(self._end(note))
+
+    def forget(self, key: Key) -> None:
+        """The agent has closed the arena."""
+        handover = self._by_key.pop(key, None)
+        if handover is not None:
+            self._journal.forget(handover.note)
+
+    def _begin(self, note: Note, frozen_at: float) -> HandOver:
+        known: asyncio.Future[Note] = asyncio.get_running_loop().create_future()
+        handover = HandOver(note, known)
+        self._by_key[bytes.fromhex(note.agent), note.number] = handover
+        if note.left:
+            known.set_result(note)
+        else:
+            self._spawn(self._ask(handover, known, frozen_at))
+        return handover
+
+    async def _ask(self, handover: HandOver, known: asyncio.Future[Note], frozen_at: float) -> None:
+        note = handover.note
+        left = await self._until_answered(note, _left)
+        if left is None:
+            log.warning("a host is gone: its arena is this host's now", host=note.host)
+        took = round((time.monotonic() - frozen_at) * 1e6)
+        note = replace(note, left=left is not False, freeze_us=took)
+        handover.note = note
+        if note.left:
+            self._journal.write(note)
+        else:
+            del self._by_key[bytes.fromhex(note.agent), note.number]
+        known.set_result(note)
+        await self._until_answered(note, _ended)
+        if not note.left:
+            self._journal.forget(note)
+
+    async def _end(self, note: Note) -> None:
+        await self._until_answered(note, _ended)
+        self._journal.forget(note)
+
+    async def _until_answered(
+        self, note: Note, call: Callable[[Snapshot], Coroutine[Any, Any, bool]]
+    ) -> bool | None:
+        """Return what the other host answers, however long it takes; None when it is gone."""
+        pause = _PAUSE_SECONDS
+        gone_since: float | None = None
+        while True:
+            try:
+                stub = await self._hosts.stub(note.host)
+                gone_since = None
+                return await call(Snapshot.known(stub, note.host, bytes.fromhex(note.snapshot)))
+            except NotFoundError:
+                gone_since = gone_since or time.monotonic()
+                if time.monotonic() - gone_since >= _GONE_SECONDS:
+                    return None
+            except (RefusedError, SamepageError) as error:
+                log.info("a host does not answer yet", host=note.host, why=str(error))
+            await asyncio.sleep(pause)
+            pause = min(2 * pause, _PAUSE_SECONDS_MAX)
+
+    async def _sweep_forever(self) -> None:
+        """Drop the notes of arenas that have ended."""
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            for key, handover in list(self._by_key.items()):
+                note = handover.note
+                if note.left and not self._domains.lives(bytes.fromhex(note.domain_id), note.lock):
+                    self.forget(key)
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._finished)
+
+    def _finished(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("a host was not asked to the end", exc_info=error)
+
+
+async def _left(snapshot: Snapshot) -> bool:
+    left = await snapshot.leave(_ASK_SECONDS)
+    failpoint("migrate.left")
+    return left
+
+
+async def _ended(snapshot: Snapshot) -> bool:
+    await snapshot.end()
+    return True

@@ -1,0 +1,199 @@
+"""The source's side of a clone, seen from the destination: its snapshot, stretch by stretch.
+
+Nothing that comes from there is trusted but the digests, which are the very thing asked for:
+lengths and page numbers are checked, and bytes later on by digest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from samepage.v1 import pages_pb2, pages_pb2_grpc
+from samepage_merger.cluster.away import Digests
+from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.domains import RefusedError
+from samepage_merger.runs import Int64s
+
+#: How long the source may say nothing, in seconds.
+IDLE_SECONDS = 30.0
+_END_SECONDS = 5.0
+
+_ERRNO = {
+    grpc.StatusCode.NOT_FOUND: errno.ENOENT,
+    grpc.StatusCode.INVALID_ARGUMENT: errno.EINVAL,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: errno.ENOSPC,
+    grpc.StatusCode.FAILED_PRECONDITION: errno.EBUSY,
+    grpc.StatusCode.DEADLINE_EXCEEDED: errno.ETIMEDOUT,
+    grpc.StatusCode.UNIMPLEMENTED: errno.EPROTONOSUPPORT,
+}
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Consecutive pages of the source, from `first` on."""
+
+    first: int
+    digests: Digests
+    fingerprints: Fingerprints
+
+    @property
+    def pages(self) -> Int64s:
+        """Their numbers."""
+        return np.arange(self.first, self.first + len(self.digests))
+
+
+class Snapshot:
+    """One snapshot at a source.
+
+    Args:
+        host: the source, as errors call it.
+        owner: this host.
+        lease_seconds: how long the source keeps it if it hears nothing more.
+
+    Attributes:
+        id: empty until the first answer.
+        pages: of the arena.
+    """
+
+    def __init__(
+        self,
+        stub: pages_pb2_grpc.PagesAsyncStub,
+        host: str,
+        domain_id: bytes,
+        arena: str,
+        owner: str,
+        lease_seconds: float,
+    ) -> None:
+        self.host = host
+        self.id = b""
+        self.pages = 0
+        self._stub = stub
+        self._names = {"domain_id": domain_id, "arena": arena}
+        self._owner = owner
+        self._lease_ms = min(round(lease_seconds * 1000), 2**32 - 1)
+
+    @classmethod
+    def known(cls, stub: pages_pb2_grpc.PagesAsyncStub, host: str, snapshot_id: bytes) -> Snapshot:
+        """Return one that was made before, only to be ended or left."""
+        snapshot = cls(stub, host, b"", "", "", 0)
+        snapshot.id = snapshot_id
+        return snapshot
+
+    def round(self) -> AsyncGenerator[Stretch]:
+        """All pages the first time, and then those that were written since the last.
+
+        The first time the first stretch is empty: `id` and `pages` are known by then.
+
+        Raises:
+            RefusedError: as the protocol knows it.
+        """
+        names = {"snapshot_id": self.id} if self.id else self._names
+        request = pages_pb2.SnapshotRequest(owner=self._owner, lease_ms=self._lease_ms, **names)
+        return self._stretches(self._stub.Snapshot(request), None)
+
+    def freeze(self, milliseconds: int) -> AsyncGenerator[Stretch]:
+        """Stop the writers, for at most so long; what they have written since the last round.
+
+        Raises:
+            RefusedError: as the protocol knows it.
+        """
+        request = pages_pb2.FreezeRequest(snapshot_id=self.id, milliseconds=milliseconds)
+        return self._stretches(self._stub.Freeze(request), milliseconds / 1000)
+
+    async def end(self, *, keep_holds: bool = False) -> None:
+        """Let the source forget the snapshot, or hold its pages for this host until released.
+
+        Raises:
+            RefusedError: as the protocol knows it.
+        """
+        if not self.id:
+            return
+        request = pages_pb2.EndSnapshotRequest(snapshot_id=self.id, keep_holds=keep_holds)
+        with told(self.host):
+            await self._stub.EndSnapshot(request, timeout=_END_SECONDS)
+
+    async def leave(self, seconds: float) -> bool:
+        """Ask the source to let go of the frozen arena; whether it did, for good.
+
+        Raises:
+            RefusedError: it is not known yet.
+        """
+        request = pages_pb2.LeaveRequest(snapshot_id=self.id)
+        with told(self.host):
+            return (await self._stub.Leave(request, timeout=seconds)).left
+
+    async def _stretches(
+        self,
+        responses: grpc.aio.UnaryStreamCall[Any, pages_pb2.SnapshotResponse],
+        seconds: float | None,
+    ) -> AsyncGenerator[Stretch]:
+        """Check and pass on what the source tells."""
+        everything = not self.id
+        next_page = told_of = 0
+        try:
+            with told(self.host):
+                stream = aiter(responses)
+                while (response := await _next(stream, seconds or IDLE_SECONDS)) is not None:
+                    stretch = self._checked(response, next_page)
+                    next_page = stretch.first + len(stretch.digests)
+                    told_of += len(stretch.digests)
+                    yield stretch
+            if not self.id or (everything and told_of < self.pages):
+                raise _nonsense(self.host)
+        finally:
+            responses.cancel()
+
+    def _checked(self, response: pages_pb2.SnapshotResponse, next_page: int) -> Stretch:
+        if not self.id:
+            self.id, self.pages = response.snapshot_id, response.pages
+        digests = np.frombuffer(response.digests, np.uint8)
+        fingerprints = np.frombuffer(response.fingerprints, np.uint8)
+        if digests.size % 32 or fingerprints.size * 2 != digests.size:
+            raise _nonsense(self.host)
+        stretch = Stretch(
+            response.first_page, digests.reshape(-1, 32), fingerprints.reshape(-1, 16)
+        )
+        end = stretch.first + len(stretch.digests)
+        known = (response.snapshot_id, response.pages) == (self.id, self.pages)
+        ascends = not digests.size or next_page <= stretch.first < end <= self.pages
+        if not (known and ascends and len(self.id) == 16 and self.pages):
+            raise _nonsense(self.host)
+        return stretch
+
+
+@contextlib.contextmanager
+def told(host: str) -> Iterator[None]:
+    """Turn what goes wrong with a call to a host into what an agent is told.
+
+    Raises:
+        RefusedError: as the protocol knows it.
+    """
+    try:
+        yield
+    except TimeoutError:
+        text = f"host {host!r} says nothing: look after its merger and the network, and try again"
+        raise RefusedError(errno.EAGAIN, text) from None
+    except grpc.aio.AioRpcError as error:
+        number = _ERRNO.get(error.code(), errno.EAGAIN)
+        raise RefusedError(number, f"host {host!r}: {error.details()}") from error
+
+
+async def _next(
+    stream: AsyncIterator[pages_pb2.SnapshotResponse], seconds: float
+) -> pages_pb2.SnapshotResponse | None:
+    async with asyncio.timeout(seconds):
+        return await anext(stream, None)
+
+
+def _nonsense(host: str) -> RefusedError:
+    return RefusedError(
+        errno.EPROTO, f"host {host!r} told of pages that make no sense: upgrade the older merger"
+    )
