@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +16,18 @@ from helpers.merger_host import DOMAIN, MergerHost
 from helpers.waiting import until
 
 from samepage.daemon import wire
-from samepage.errors import NotFoundError
 from samepage.v1 import pages_pb2, pages_pb2_grpc
-from samepage_merger.cluster.away import Digests, Mask
+from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.clone import Clones, Services
 from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.fetch import Missing, Take
 from samepage_merger.cluster.handover import HandOvers
 from samepage_merger.cluster.journal import Journal
-from samepage_merger.cluster.landing import Take, Tools
+from samepage_merger.cluster.landing import Tools
 from samepage_merger.cluster.source import told
 from samepage_merger.domains import Domain
-from samepage_merger.runs import Indices, Int64s
+from samepage_merger.mappings import MappingBudget
+from samepage_merger.runs import Int64s
 
 SOURCE = "host-b"
 PAGES = 3000
@@ -41,19 +41,14 @@ class OneHost:
         self.gone = False
         self.channel = grpc.aio.insecure_channel(source.address)
 
-    async def stub(self, host: str) -> pages_pb2_grpc.PagesAsyncStub:
-        """How it is called."""
-        if host != SOURCE or self.gone:
-            raise NotFoundError(f"no host {host!r} has a lease")
+    @property
+    def stub(self) -> pages_pb2_grpc.PagesAsyncStub:
+        """How the source is called."""
         return pages_pb2_grpc.PagesStub(self.channel)
 
-
-@dataclass(frozen=True)
-class NothingMissing:
-    """All pages came."""
-
-    numbers: Indices = field(default_factory=lambda: np.empty(0, np.intp))
-    gone: Mask = field(default_factory=lambda: np.empty(0, np.bool_))
+    async def live(self) -> Mapping[str, OneHost]:
+        """Who has a lease."""
+        return {} if self.gone else {SOURCE: self}
 
 
 class FromSource:
@@ -74,8 +69,8 @@ class FromSource:
         fingerprints: Fingerprints,
         hints: Sequence[str],
         take: Take,
-    ) -> NothingMissing:
-        stub = await self._hosts.stub(hints[0])
+    ) -> Missing:
+        stub = self._hosts.stub
         for low in range(0, len(digests), 256):
             some = digests[low : low + 256]
             request = pages_pb2.FetchRequest(domain_id=domain.id, digests=some.tobytes())
@@ -83,7 +78,7 @@ class FromSource:
                 async for response in stub.Fetch(iter([request])):
                     assert (domain.digester.pages(response.pages) == some).all()
                     await take(np.arange(low, low + len(some)), response.pages)
-        return NothingMissing()
+        return Missing(np.empty(0, np.intp), np.empty(0, np.bool_))
 
 
 class CloningHost(MergerHost):
@@ -95,7 +90,9 @@ class CloningHost(MergerHost):
         self.journal = Journal(store)
         self.handovers = HandOvers(self.hosts, self.journal, self.domains)
         there = FromSource(self.hosts)
-        tools = Tools(self.orders, self.headroom, there, there)
+        tools = Tools(
+            self.orders, self.headroom, MappingBudget(self.policies, self.orders), there, there
+        )
         services = Services(
             "host-a", self.hosts, tools, self.domains, self.journal, lease_seconds=60.0
         )

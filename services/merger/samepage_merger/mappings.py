@@ -74,6 +74,16 @@ class MappingBudget:
                 chosen[at] = _fitting(arena, *_pieces(runs[at], number), room)
         return chosen
 
+    def longest(self, arena: Arena, pages: Int64s, slots: Int64s) -> Mask:
+        """Return which pages (ascending) the arena has mappings for, if they shall map slots: those
+        of the longest runs."""
+        counts = join_extents(pages, slots)["count"].astype(np.int64)
+        room = max(0, self._budget() - arena.map.mappings) // _MAPPINGS_A_RUN
+        chosen = np.ones(counts.size, np.bool_)
+        if counts.size > room:
+            chosen[np.argsort(-counts, kind="stable")[room:]] = False
+        return np.repeat(chosen, counts)
+
     async def make_room(self, arenas: Sequence[Arena | None], runs: Runs) -> dict[int, int]:
         """Restore short runs in full arenas for much longer ones, of which none was chosen;
         return how many pages, by arena, where any."""

@@ -26,8 +26,12 @@ from samepage.v1 import merger_pb2, merger_pb2_grpc, pages_pb2, pages_pb2_grpc
 from samepage_merger import metrics
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
+from samepage_merger.cluster import landing
+from samepage_merger.cluster.clone import Clones, Services
 from samepage_merger.cluster.fetch import Fetcher
+from samepage_merger.cluster.handover import HandOvers
 from samepage_merger.cluster.hosts import Hosts
+from samepage_merger.cluster.journal import Journal
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.locator import Locator
 from samepage_merger.cluster.pages import PagesServicer
@@ -65,6 +69,8 @@ class MergerService:
         self._pages: PagesServicer | None = None
         self._locator: Locator | None = None
         self._hosts: Hosts | None = None
+        self._clones: Clones | None = None
+        self._handovers: HandOvers | None = None
         self._collect: Callable[[], Iterable[Metric]] | None = None
         self._janitor: asyncio.Task[None] | None = None
         self.listen = (config.listen, f"{UNIX}{config.dir / API_SOCKET}")
@@ -123,9 +129,23 @@ class MergerService:
         self._locator = Locator(config.scanner_target, agents.find)
         self._hosts = Hosts(config.node_name, config.index, Tls.of(config.tls_files))
         fetcher = Fetcher(self._hosts)
+        local = Local(self._locator, Promoter(orders))
         self._pages = PagesServicer(  # type: ignore[abstract]
-            domains, Local(self._locator, Promoter(orders))
+            domains, local
         )
+        journal = Journal(config.store_path)
+        self._handovers = HandOvers(self._hosts, journal, domains)
+        agents.clones = self._clones = Clones(
+            Services(
+                config.node_name,
+                self._hosts,
+                landing.Tools(orders, headroom, mappings, local, fetcher),
+                domains,
+                journal,
+            ),
+            self._handovers,
+        )
+        self._handovers.start()
         self._collect = functools.partial(
             metrics.collect, domains, stores, agents, engine, self._hosts, fetcher, self._pages
         )
@@ -150,6 +170,10 @@ class MergerService:
         if self._janitor is not None:
             self._janitor.cancel()
             await asyncio.wait({self._janitor})
+        if self._clones is not None:
+            await self._clones.close()
+        if self._handovers is not None:
+            await self._handovers.close()
         if self._hosts is not None:
             await self._hosts.close()
         if self._locator is not None:

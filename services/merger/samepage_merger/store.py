@@ -30,6 +30,8 @@ _WARN_SECONDS = 60.0
 _SUFFIX = ".store"
 _NAME = re.compile(r"[0-9a-f]{32}\.store")
 _HOLDS = ".holds"
+# Of clones under way (cluster/journal.py).
+_NOTES = ".clone"
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
@@ -85,7 +87,7 @@ class StoreDirectory:
         for name in sorted(os.listdir(self._fd)):
             if _NAME.fullmatch(name):
                 yield _domain_id(name)
-            elif _HOLDS not in name:
+            elif not (_HOLDS in name or name.endswith(_NOTES)):
                 log.warning("a file that is no store", path=str(self.path / name))
 
     def holds_path(self, domain_id: bytes) -> Path:

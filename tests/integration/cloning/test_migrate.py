@@ -12,7 +12,7 @@ import pytest
 from fakes.cloning_agent import CloningAgent
 from fakes.fake_merging_agent import RefusedError
 from fakes.fake_source import FakeSource
-from helpers.cloning import CloningHost, cloning_host, nothing_left, pages, wanted
+from helpers.cloning import PAGES, CloningHost, cloning_host, nothing_left, pages, wanted
 from helpers.merger_host import store_directory
 from helpers.waiting import until
 
@@ -149,7 +149,7 @@ class TestHandOver:
         seq = agent.ask(MIGRATE, 1)
         self.go_on.set()
         if left:
-            await agent.until_cloned(seq)
+            assert await agent.until_cloned(seq) == (PAGES, 0, 0, 0, agent.told[-1][-1])
             assert arena.view() == source.arenas["there"].data.tobytes()
             assert len(host.journal.read()) == 1
             await agent.close_arena(arena)

@@ -16,23 +16,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
 
 from samepage.daemon import secrets, wire
 from samepage.daemon.failpoints import failpoint
-from samepage.errors import (
-    InvalidArgumentError,
-    NotFoundError,
-    SamepageError,
-    ServiceUnavailableError,
-)
+from samepage.errors import InvalidArgumentError, SamepageError
+from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import are_zero
 from samepage_merger.cluster.handover import HandOvers, Hosts, Key
+from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
-from samepage_merger.cluster.landing import Chunk, Landing, Tools, check
+from samepage_merger.cluster.landing import Chunk, Landing, Tools, check, distinct
 from samepage_merger.cluster.migrate import Migration
 from samepage_merger.cluster.source import Snapshot, Stretch
 from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session
@@ -50,6 +48,8 @@ class Services:
     Attributes:
         node: this host's name.
         lease_seconds: how long other hosts keep pages for this one unless it renews that.
+        exempt: arenas whose pages are on their way, and are nobody else's business.
+        granted: told which digests another host holds for this one.
     """
 
     node: str
@@ -57,7 +57,9 @@ class Services:
     tools: Tools
     domains: Domains
     journal: Journal
-    lease_seconds: float
+    lease_seconds: float = 3600.0
+    exempt: set[Arena] = field(default_factory=set)
+    granted: Callable[[Domain, str, Digests], object] = lambda domain, host, digests: None
 
 
 class Clones:
@@ -150,6 +152,7 @@ class Clone:
         self._arena: asyncio.Future[Arena] = asyncio.get_running_loop().create_future()
         self._pages = 0
         self._zero = 0
+        self._target: Arena | None = None
         self._landing: Landing | None = None
         self._lazy: list[Chunk] = []
         # Of the snapshot that is to be ended when this ends.
@@ -167,11 +170,9 @@ class Clone:
             freeze_us = await self._made()
         except RefusedError as refused:
             peer.refuse(message, *refused.args)
-        except NotFoundError as error:
-            peer.refuse(message, errno.ENOENT, str(error))
         except InvalidArgumentError as error:
             peer.refuse(message, errno.EINVAL, str(error))
-        except ServiceUnavailableError as error:
+        except HostAwayError as error:
             peer.refuse(message, errno.EAGAIN, str(error))
         except (SamepageError, MemoryError, OSError) as error:
             log.warning("a clone failed", why=str(error))
@@ -189,19 +190,28 @@ class Clone:
     async def _made(self) -> int:
         """Make the arena; return for how long its writers had to wait, in microseconds."""
         key = self._session.peer.agent, self._message.arena
-        if (known := self._handovers.find(key)) is not None:
-            return (await known.result()).freeze_us
-        if key[1] in self._session.arenas:
-            raise RefusedError(errno.ENOENT, _UNKNOWN)
+        if (arena := self._session.arenas.get(key[1])) is not None:
+            return await self._asked_again(key, arena)
         wanted = self._wanted
         failpoint("clone.asked")
         domain = self._checked_domain()
-        stub = await self._services.hosts.stub(wanted.host)
         services = self._services
+        host = (await services.hosts.live()).get(wanted.host)
+        if host is None:
+            text = f"no host {wanted.host!r} is in the cluster now: see `samepage status`"
+            raise RefusedError(errno.ENOENT, text)
         snapshot = Snapshot(
-            stub, wanted.host, domain.id, wanted.source, services.node, services.lease_seconds
+            host.stub, wanted.host, domain.id, wanted.source, services.node, services.lease_seconds
         )
         return await self._from(snapshot)
+
+    async def _asked_again(self, key: Key, arena: Arena) -> int:
+        """Return the same for a migration whose connection ended before its answer."""
+        known = self._handovers.find(key)
+        if known is None:
+            raise RefusedError(errno.ENOENT, _UNKNOWN)
+        self._pages = self._zero = arena.pages
+        return (await known.result()).freeze_us
 
     def _checked_domain(self) -> Domain:
         wanted = self._wanted
@@ -233,6 +243,9 @@ class Clone:
             failpoint("clone.away")
             if self._wanted.lazy:
                 await snapshot.end(keep_holds=True)
+                for chunk in self._lazy:
+                    digests = chunk.digests[distinct(chunk.digests)[0]]
+                    self._services.granted(arena.domain, snapshot.host, digests)
                 return 0
             await landing.finish()
             if self._wanted.migrate:
@@ -242,6 +255,8 @@ class Clone:
             return 0
         finally:
             telling.cancel()
+            if self._target is not None:
+                self._services.exempt.discard(self._target)
             if self._landing is not None and not self._wanted.lazy:
                 await self._landing.stop()
             if self._note is not None:
@@ -278,6 +293,8 @@ class Clone:
             raise RefusedError(errno.ETIMEDOUT, "this process did not make the arena") from None
         if arena.pages != pages or arena.name != self._wanted.name:
             raise RefusedError(errno.EPROTO, "this process made another arena than it asked for")
+        self._target = arena
+        self._services.exempt.add(arena)
         failpoint("clone.opened")
         return arena
 

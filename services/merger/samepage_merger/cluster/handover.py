@@ -9,15 +9,16 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
 
 import structlog
 
 from samepage.daemon.failpoints import failpoint
-from samepage.errors import NotFoundError, SamepageError
+from samepage.errors import SamepageError
 from samepage.v1 import pages_pb2_grpc
+from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
 from samepage_merger.cluster.source import Snapshot
 from samepage_merger.domains import Domains, RefusedError
@@ -34,15 +35,21 @@ Key = tuple[bytes, int]
 log = structlog.get_logger(__name__)
 
 
+class Host(Protocol):
+    """Another host's merger."""
+
+    @property
+    def stub(self) -> pages_pb2_grpc.PagesAsyncStub: ...
+
+
 class Hosts(Protocol):
     """The other hosts of the cluster."""
 
-    async def stub(self, host: str) -> pages_pb2_grpc.PagesAsyncStub:
-        """Return how a host's merger is called.
+    async def live(self) -> Mapping[str, Host]:
+        """Return those that have a lease in the index.
 
         Raises:
-            NotFoundError: no host of that name has a lease.
-            ServiceUnavailableError: the index is away.
+            HostAwayError: the index is away.
         """
 
 
@@ -161,14 +168,15 @@ class HandOvers:
         gone_since: float | None = None
         while True:
             try:
-                stub = await self._hosts.stub(note.host)
-                gone_since = None
-                return await call(Snapshot.known(stub, note.host, bytes.fromhex(note.snapshot)))
-            except NotFoundError:
+                host = (await self._hosts.live()).get(note.host)
+                if host is not None:
+                    gone_since = None
+                    known = Snapshot.known(host.stub, note.host, bytes.fromhex(note.snapshot))
+                    return await call(known)
                 gone_since = gone_since or time.monotonic()
                 if time.monotonic() - gone_since >= _GONE_SECONDS:
                     return None
-            except (RefusedError, SamepageError) as error:
+            except (RefusedError, HostAwayError, SamepageError) as error:
                 log.info("a host does not answer yet", host=note.host, why=str(error))
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -29,16 +29,15 @@ from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.cluster.away import Bytes, Digests, Mask
 from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.fetch import Missing, Take
 from samepage_merger.cluster.keys import Keys, keys_of
 from samepage_merger.domains import Arena, Domain, RefusedError
 from samepage_merger.headroom import Headroom
+from samepage_merger.mappings import MappingBudget
 from samepage_merger.orders import GONE, Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Indices, Int64s, join
 from samepage_merger.store import Store, StoreFullError
-
-#: Gets pages that have come: which of those asked for, ascending, and their bytes.
-Take = Callable[[Indices, Bytes], Coroutine[object, object, None]]
 
 _CHUNK_PAGES = 8192
 _CHUNKS_AT_ONCE = 3
@@ -47,7 +46,7 @@ _FILL_PAGES = wire.READ_PAGES_MAX
 
 
 class Local(Protocol):
-    """What this host has."""
+    """What this host has (local.py)."""
 
     def slots(
         self, domain: Domain, digests: Digests, fingerprints: Fingerprints
@@ -56,18 +55,8 @@ class Local(Protocol):
         they stay for as long as the block runs."""
 
 
-class Missing(Protocol):
-    """Pages that nobody sent: `numbers` of those asked for, and whether they are `gone`."""
-
-    @property
-    def numbers(self) -> Indices: ...
-
-    @property
-    def gone(self) -> Mask: ...
-
-
 class Fetcher(Protocol):
-    """What other hosts have."""
+    """What other hosts have (fetch.py)."""
 
     async def fetch(
         self,
@@ -87,6 +76,7 @@ class Tools:
 
     orders: Orders
     headroom: Headroom
+    mappings: MappingBudget
     local: Local
     fetcher: Fetcher
 
@@ -118,6 +108,7 @@ class Landing:
         self.fetched = 0
         self._orders = tools.orders
         self._headroom = tools.headroom
+        self._mappings = tools.mappings
         self._local = tools.local
         self._fetcher = tools.fetcher
         self._arena = arena
@@ -239,7 +230,9 @@ class Landing:
     async def _map(self, pages: Int64s, slots: Int64s) -> None:
         """Let away pages map slots, which are held; those for which there is no mapping get bytes
         of their own."""
-        outcomes = await self._orders.replace(self._arena, pages, slots)
+        chosen = self._mappings.longest(self._arena, pages, slots)
+        outcomes = np.full(pages.size, Outcome.NO_MAPPING, np.uint8)
+        outcomes[chosen] = await self._orders.replace(self._arena, pages[chosen], slots[chosen])
         left = np.flatnonzero(outcomes != Outcome.MERGED)
         store = self._arena.domain.store
         for low in range(0, left.size, _FILL_PAGES):
