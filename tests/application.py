@@ -110,6 +110,10 @@ class Served:
         self.arenas[name] = self.node.create_arena(name, pages * PAGE, domain)
         self.views[name] = self.arenas[name].buffer
 
+    def domain(self, name: str) -> str:
+        """What domain an arena is in."""
+        return self.arenas[name].domain
+
     def fill(self, name: str, seed: int, page: int = 0, pages: int | None = None) -> None:
         """Write bytes made from a seed."""
         view = self.views[name]

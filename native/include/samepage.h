@@ -77,7 +77,8 @@ uint32_t sp_probe(const char *dir);
 const char *sp_error(void);
 
 /* Connect to the merger (and, in the background, the scanner) in `dir`; NULL means $SAMEPAGE_DIR,
- * else /run/samepage. -ENOENT or -ECONNREFUSED: no merger there. -EPROTONOSUPPORT: there is
+ * else /run/samepage. Daemons that want to know who the process is get the token in the file that
+ * $SAMEPAGE_TOKEN_FILE names; it may be replaced by a newer one. -ENOENT or -ECONNREFUSED: no merger there. -EPROTONOSUPPORT: there is
  * no protocol version that both speak. -ETIMEDOUT: it did not answer. */
 int sp_connect(const char *dir, struct sp_node **node);
 
@@ -87,7 +88,8 @@ int sp_connect(const char *dir, struct sp_node **node);
 void sp_disconnect(struct sp_node *node);
 
 /* Make an arena of `size` bytes, rounded up to whole pages, all zero; it takes twice as much address
- * space. `domain` NULL means "default".
+ * space. `domain` NULL means the process's own: the daemons know it from who the process is, or it is
+ * "default".
  *
  * The memory is the application's: it may also be discarded (better with sp_arena_discard()),
  * protected, locked, moved or unmapped in parts, of which what is locked or in a mapping of another
@@ -97,12 +99,14 @@ void sp_disconnect(struct sp_node *node);
  *
  * -EINVAL: size 0 or a bad name or domain. -ENOMEM: more than the address space or
  * the memory of the machine. -EEXIST: the name is taken in this domain. -ENOTCONN: the merger is
- * away. -ETIMEDOUT. */
+ * away. -EACCES: the process may not use the domain, or any. -EAGAIN: who it is cannot be checked now.
+ * -ETIMEDOUT. */
 int sp_arena_create(struct sp_node *node, const char *name, const char *domain, size_t size,
 		    struct sp_arena **arena);
 
 void *sp_arena_data(const struct sp_arena *arena);
 size_t sp_arena_size(const struct sp_arena *arena);
+const char *sp_arena_domain(const struct sp_arena *arena);
 
 /* Look now for equal pages and merge them; waits until done, at most timeout_ms. -ENOTCONN: the
  * scanner or merger is away. -ETIMEDOUT: what was begun goes on. -EBADF: the arena is closed. */

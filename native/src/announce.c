@@ -4,6 +4,7 @@
 #include <errno.h>
 #include <string.h>
 
+#include "credential.h"
 #include "kernel.h"
 #include "mover.h"
 
@@ -98,15 +99,26 @@ static int send_away(struct sp_node *node, struct sp_arena *arena, uint64_t n)
 	return error ? error : n > 0 ? -EAGAIN : 0;
 }
 
+void sp_mover_show_credential(struct sp_node *node)
+{
+	char token[SP_CREDENTIAL_MAX];
+	struct iovec part = {.iov_base = token,
+			     .iov_len = sp_credential_read(node->token_file, token)};
+
+	if (part.iov_len > 0 && node->mover.link.version >= 3)
+		sp_mover_send(node, WIRE_CREDENTIAL, 0, 0, &part, 1, -1);
+}
+
 int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq)
 {
 	struct sp_link *link = &node->mover.link;
+	const char *domain = *arena->domain || link->version > 2 ? arena->domain : SP_DEFAULT_DOMAIN;
 	struct wire_arena_open open = {.pages = arena->pages,
 				       .lock = arena->lock,
 				       .away = atomic_load(&arena->away.count)};
 	struct iovec parts[] = {{.iov_base = &open, .iov_len = sp_link_open_length(link)},
 				{.iov_base = arena->name, .iov_len = strlen(arena->name)},
-				{.iov_base = arena->domain, .iov_len = strlen(arena->domain)}};
+				{.iov_base = (void *)domain, .iov_len = strlen(domain)}};
 	struct wire_run *runs;
 	size_t length, n = copy_extents(&arena->extents, &runs, &length);
 	int error;

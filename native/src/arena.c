@@ -11,7 +11,6 @@
 #include "node.h"
 #include "pagemap.h"
 
-#define DEFAULT_DOMAIN "default"
 #define CREATE_MS 5000
 #define ACCOUNT_MS 1000
 
@@ -27,7 +26,7 @@ static bool is_name(const char *name)
 	return true;
 }
 
-static bool is_domain(const char *domain)
+bool sp_is_domain(const char *domain)
 {
 	size_t length = strlen(domain);
 
@@ -46,7 +45,7 @@ static int check(const char *name, const char *domain, size_t size)
 		return sp_fail(-EINVAL, "an arena's name is 1 to %d bytes without '/' or control "
 					"characters",
 			       SP_NAME_MAX);
-	if (!is_domain(domain))
+	if (domain && !sp_is_domain(domain))
 		return sp_fail(-EINVAL, "a domain's name is 1 to %d characters of a-z, 0-9, '-' and "
 					"'.', and neither begins nor ends with '-' or '.'",
 			       SP_DOMAIN_MAX);
@@ -81,7 +80,7 @@ static struct sp_arena *make_arena(struct sp_node *node, const char *name, const
 		return NULL;
 	}
 	strcpy(arena->name, name);
-	strcpy(arena->domain, domain);
+	strcpy(arena->domain, domain ? domain : "");
 	arena->node = node;
 	arena->number = atomic_fetch_add(&node->last_arena, 1) + 1;
 	arena->store = -1;
@@ -130,8 +129,6 @@ int sp_arena_create(struct sp_node *node, const char *name, const char *domain, 
 	struct sp_arena *arena;
 	int error;
 
-	if (!domain)
-		domain = DEFAULT_DOMAIN;
 	if (atomic_load(&node->forked))
 		return sp_fail(-ECHILD, "the connection is the parent's: connect anew in the child");
 	if (atomic_load(&node->closed))
@@ -159,6 +156,11 @@ int sp_arena_create(struct sp_node *node, const char *name, const char *domain, 
 void *sp_arena_data(const struct sp_arena *arena)
 {
 	return arena->data;
+}
+
+const char *sp_arena_domain(const struct sp_arena *arena)
+{
+	return arena->domain;
 }
 
 size_t sp_arena_size(const struct sp_arena *arena)

@@ -88,6 +88,7 @@ static void announce_all(struct sp_node *node)
 
 	mover->notice_count = 0;
 	mover->notices_lost = false;
+	sp_mover_show_credential(node);
 	for (struct sp_arena *arena = mover->arenas; arena; arena = arena->mover_next)
 		if (sp_mover_announce(node, arena, sp_link_next_seq(&mover->link)))
 			return;
@@ -105,15 +106,38 @@ static void leave_store(struct sp_node *node, struct sp_arena *arena)
 	sp_mover_announce(node, arena, sp_link_next_seq(&node->mover.link));
 }
 
+/* The domain of an arena that was opened without one: its process's own, as the merger has it. */
+static int take_domain(struct sp_arena *arena, uint8_t version, const char *domain, size_t length)
+{
+	char name[SP_DOMAIN_MAX + 1] = SP_DEFAULT_DOMAIN;
+
+	if (*arena->domain)
+		return length > 0 ? -EPROTO : 0;
+	if (version >= 3) {
+		if (length > SP_DOMAIN_MAX)
+			return -EPROTO;
+		memcpy(name, domain, length);
+		name[length] = '\0';
+	}
+	if (!sp_is_domain(name))
+		return -EPROTO;
+	strcpy(arena->domain, name);
+	return 0;
+}
+
 static int receive_opened(struct sp_node *node, struct sp_message *message)
 {
 	const struct wire_arena_opened *opened = (const struct wire_arena_opened *)message->payload;
 	struct sp_mover *mover = &node->mover;
 	struct sp_arena *arena = sp_mover_find(mover, message->header->arena);
-	struct sp_request *request = sp_mailbox_awaited(&mover->mailbox, message->header->seq);
+	struct sp_request *request;
 
-	if (message->length != sizeof(*opened))
+	if (message->length < sizeof(*opened) ||
+	    (arena && take_domain(arena, mover->link.version,
+				  (const char *)message->payload + sizeof(*opened),
+				  message->length - sizeof(*opened))))
 		return -EPROTO;
+	request = sp_mailbox_awaited(&mover->mailbox, message->header->seq);
 	if (arena && message->descriptors[0] >= 0 && arena->store < 0) {
 		arena->store = message->descriptors[0];
 		message->descriptors[0] = -1;
@@ -222,10 +246,12 @@ static void ask_merger(struct sp_node *node, struct sp_request *request)
 	struct sp_arena *arena = request->arena;
 	int error = -ENOTCONN;
 
-	if (mover->link.welcomed && request->kind == SP_REQUEST_ADD)
+	if (mover->link.welcomed && request->kind == SP_REQUEST_ADD) {
+		sp_mover_show_credential(node);
 		error = sp_mover_announce(node, arena, seq);
-	else if (mover->link.welcomed)
+	} else if (mover->link.welcomed) {
 		error = sp_mover_send(node, WIRE_ACCOUNT, seq, arena->number, NULL, 0, -1);
+	}
 	if (!error)
 		sp_mailbox_await(&mover->mailbox, request, seq);
 	else {

@@ -49,6 +49,10 @@ void sp_mover_add_notice(struct sp_mover *mover, const struct sp_arena *arena, u
 /* Tell the merger what was restored. */
 void sp_mover_send_notices(struct sp_node *node);
 
+/* Tell the merger who this process is, before arenas are announced. The token is read anew each
+ * time, for it may be a newer one. */
+void sp_mover_show_credential(struct sp_node *node);
+
 /* Announce an arena with what it maps. The answer comes with the message of number `seq`. */
 int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq);
 

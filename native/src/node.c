@@ -304,6 +304,16 @@ no_mover:
 	return NULL;
 }
 
+static int remember_token_file(struct sp_node *node)
+{
+	const char *path = getenv("SAMEPAGE_TOKEN_FILE");
+
+	if (path && strlen(path) >= sizeof(node->token_file))
+		return sp_fail(-ENAMETOOLONG, "the path in SAMEPAGE_TOKEN_FILE is too long");
+	strcpy(node->token_file, path ? path : "");
+	return 0;
+}
+
 int sp_connect(const char *dir, struct sp_node **out)
 {
 	struct sp_node *node = make_node();
@@ -313,6 +323,8 @@ int sp_connect(const char *dir, struct sp_node **out)
 	if (!node)
 		return sp_fail(-ENOMEM, "no memory, or no descriptor, is left");
 	error = make_hello(&node->hello);
+	if (!error)
+		error = remember_token_file(node);
 	if (!error)
 		error = connect_merger(&node->mover.link, dir, &node->hello, &device);
 	if (!error)

@@ -15,6 +15,7 @@
 #ifndef SP_NODE_H
 #define SP_NODE_H
 
+#include <limits.h>
 #include <pthread.h>
 #include <stdatomic.h>
 #include <stdbool.h>
@@ -33,12 +34,13 @@
 #define SP_SCANNER_WINDOW ((size_t)WIRE_FINGERPRINT_PAGES_MAX * (SP_FINGERPRINT_SIZE + 1))
 #define SP_NOTICES 2048
 #define SP_FETCHES 512
+#define SP_DEFAULT_DOMAIN "default" /* where the merger does not say it */
 
 struct sp_arena {
 	struct sp_node *node;
 	uint32_t number;
 	char name[SP_NAME_MAX + 1];
-	char domain[SP_DOMAIN_MAX + 1];
+	char domain[SP_DOMAIN_MAX + 1]; /* empty until the merger has told what it is */
 	uint8_t *data;
 	uint8_t *shadow; /* memory.h */
 	size_t pages;
@@ -117,6 +119,7 @@ struct sp_reader {
 
 struct sp_node {
 	struct wire_hello hello;
+	char token_file[PATH_MAX]; /* credential.h; empty: none */
 	struct sp_faults faults;
 	struct sp_mover mover;
 	struct sp_reader reader;
@@ -127,6 +130,9 @@ struct sp_node {
 	atomic_bool forked; /* this is a child's copy: no threads, no arenas */
 	struct sp_node *next; /* of all nodes, for fork */
 };
+
+/* Whether it can be a domain's name. */
+bool sp_is_domain(const char *domain);
 
 /* Drop a reference; the last one frees. */
 void sp_arena_put(struct sp_arena *arena);

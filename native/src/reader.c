@@ -6,6 +6,7 @@
 #include <unistd.h>
 
 #include "changes.h"
+#include "credential.h"
 #include "kernel.h"
 #include "maps.h"
 #include "pagemap.h"
@@ -39,6 +40,17 @@ static int send_message(struct sp_reader *reader, uint8_t type, uint32_t seq, ui
 	if (error)
 		sp_link_close(&reader->link);
 	return error;
+}
+
+/* Before arenas are announced, as the mover does. */
+static void show_credential(struct sp_node *node)
+{
+	char token[SP_CREDENTIAL_MAX];
+	struct iovec part = {.iov_base = token,
+			     .iov_len = sp_credential_read(node->token_file, token)};
+
+	if (part.iov_len > 0 && node->reader.link.version >= 3)
+		send_message(&node->reader, WIRE_CREDENTIAL, 0, 0, &part, 1);
 }
 
 static int announce(struct sp_reader *reader, struct sp_arena *arena)
@@ -228,6 +240,8 @@ static int receive(struct sp_node *node, struct sp_message *message)
 	case WIRE_WELCOME:
 		error = sp_link_welcome(&reader->link, message, SP_SCANNER_WINDOW);
 		reader->reconnect_ms = RECONNECT_FIRST_MS;
+		if (!error)
+			show_credential(node);
 		for (struct sp_arena *a = reader->arenas; a && !error; a = a->reader_next)
 			error = announce(reader, a);
 		return error;
@@ -286,8 +300,9 @@ static void ask_share(struct sp_reader *reader, struct sp_request *request)
 }
 
 /* Carry out one request; false: it was the last one. */
-static bool carry_out(struct sp_reader *reader, struct sp_request *request)
+static bool carry_out(struct sp_node *node, struct sp_request *request)
 {
+	struct sp_reader *reader = &node->reader;
 	struct sp_arena *arena = request->arena;
 	bool stop = request->kind == SP_REQUEST_STOP;
 
@@ -299,8 +314,10 @@ static bool carry_out(struct sp_reader *reader, struct sp_request *request)
 		atomic_fetch_add(&arena->references, 1);
 		arena->reader_next = reader->arenas;
 		reader->arenas = arena;
-		if (reader->link.welcomed)
+		if (reader->link.welcomed) {
+			show_credential(node);
 			announce(reader, arena);
+		}
 	} else if (request->kind == SP_REQUEST_CLOSE) {
 		forget(reader, arena);
 	}
@@ -342,7 +359,7 @@ static void *run(void *argument)
 		poll(polled, 2, timeout);
 		sp_mailbox_hear(&reader->mailbox);
 		while (go_on && (request = sp_mailbox_take(&reader->mailbox)))
-			go_on = carry_out(reader, request);
+			go_on = carry_out(node, request);
 		if (reader->link.sock >= 0 && polled[1].revents)
 			receive_one(node);
 	}

@@ -85,11 +85,13 @@ class Node:
                 on this host.
             size: bytes, or text such as "512MiB"; rounded up to whole pages of 4096 bytes.
             domain: who may share with it: 1 to 63 characters of [a-z0-9], "-" and "."; default
-                "default". Nothing is shared across domains.
+                this process's own, which the daemons know, or else "default". Nothing is shared
+                across domains.
 
         Raises:
             InvalidArgumentError: a bad name, domain or size.
             NameTakenError: an arena of the domain on this host has the name.
+            PermissionDeniedError: this process may not use the domain, or any.
             OutOfMemoryError: more than the machine or the address space has.
             ServiceUnavailableError: the merger is away.
             ClosedError, ForkedError: as they say.
@@ -101,7 +103,7 @@ class Node:
             if self.closed:
                 raise ClosedError("the node is closed: connect() again")
             pointer = native.create_arena(self._connection.pointer, name, domain, count)
-        return Arena(self._connection, pointer, name, domain or DEFAULT_DOMAIN)
+        return Arena(self._connection, pointer, name)
 
     def arenas(self) -> list[ArenaInfo]:
         """Return the arenas of this host, of all processes, ordered by domain and name.
@@ -177,13 +179,11 @@ class Arena:
     A context manager: leaving it closes the arena. Methods may be called from any thread.
     """
 
-    def __init__(
-        self, connection: _Connection, pointer: native.ArenaPointer, name: str, domain: str
-    ) -> None:
+    def __init__(self, connection: _Connection, pointer: native.ArenaPointer, name: str) -> None:
         self._connection = connection
         self._pointer = pointer
         self._name = name
-        self._domain = domain
+        self._domain = native.arena_domain(pointer)
         self._size = native.arena_size(pointer)
         self._sealed = False
         self._memory: ctypes.Array[ctypes.c_ubyte] | None = _own(connection, pointer, self._size)

@@ -141,6 +141,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_disconnect", None, [pointer]),
         ("sp_arena_create", number, [pointer, text, text, ctypes.c_size_t, out]),
         ("sp_arena_data", pointer, [pointer]),
+        ("sp_arena_domain", ctypes.c_char_p, [pointer]),
         ("sp_arena_size", ctypes.c_size_t, [pointer]),
         ("sp_arena_share", number, [pointer, number, ctypes.POINTER(_ShareReport)]),
         ("sp_arena_stats", number, [pointer, ctypes.POINTER(_ArenaStats)]),
@@ -219,13 +220,15 @@ def create_arena(node: NodePointer, name: str, domain: str | None, size: int) ->
     Raises:
         InvalidArgumentError: a bad name, domain or size.
         NameTakenError: the name is in use in the domain.
+        PermissionDeniedError: the process may not use the domain, or any.
         OutOfMemoryError: more than the memory or the address space.
         ServiceUnavailableError: the merger is away, or does not answer.
     """
     arena = ctypes.c_void_p()
     place = None if domain is None else _text(domain, "the domain")
     label = _text(name, "the name")
-    _check(_library().sp_arena_create(node, label, place, size, ctypes.byref(arena)))
+    result = _library().sp_arena_create(node, label, place, size, ctypes.byref(arena))
+    _check(result, {errno.EACCES: errors.PermissionDeniedError})
     return arena
 
 
@@ -233,6 +236,12 @@ def arena_data(arena: ArenaPointer) -> int:
     """Return the address of the memory."""
     address: int = _library().sp_arena_data(arena)
     return address
+
+
+def arena_domain(arena: ArenaPointer) -> str:
+    """Return the domain, as the merger has it."""
+    domain: bytes = _library().sp_arena_domain(arena)
+    return domain.decode()
 
 
 def arena_size(arena: ArenaPointer) -> int:

@@ -155,7 +155,8 @@ class FakeAgent:
         wanted = wire.ArenaOpen(pages, 0, 0, arena.name, arena.domain)
         payload = wire.pack_arena_open(wanted, self._version)
         opened = await self.request(Type.ARENA_OPEN, arena.number, payload)
-        [arena.seed] = wire.unpack(wire.ARENA_OPENED, opened)
+        [arena.seed] = wire.ARENA_OPENED.unpack_from(opened.payload)
+        arena.domain = opened.payload[wire.ARENA_OPENED.size :].decode() or arena.domain
 
     async def share(self, arena: FakeArena) -> dict[str, int]:
         """SHARE, and what SHARED says. Raises RefusedError, DroppedError."""

@@ -189,7 +189,8 @@ class FakeMergingAgent:
             some = away[low : low + wire.AWAY_PAGES_MAX]
             self.send(wire.Type.AWAY_PAGES, arena.number, some.tobytes())
         opened, fds = await asked
-        (arena.lock,) = wire.unpack(wire.ARENA_OPENED, opened)
+        (arena.lock,) = wire.ARENA_OPENED.unpack_from(opened.payload)
+        arena.domain = opened.payload[wire.ARENA_OPENED.size :].decode() or arena.domain
         if fds:
             assert arena.store < 0
             arena.store = fds[0]

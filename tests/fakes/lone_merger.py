@@ -112,7 +112,7 @@ class LoneMerger:
                 return
             self._names.add(key)
             names[message.arena] = key
-            answer = wire.ARENA_OPENED.pack(message.arena)
+            answer = wire.pack_arena_opened(message.arena, opened.domain, "default")
             self._answer(peer, message, wire.Type.ARENA_OPENED, answer, _memfd(_STORE_BYTES))
         elif message.type is wire.Type.ARENA_CLOSE:
             self._names.discard(names.pop(message.arena))

@@ -69,7 +69,7 @@ class Merger:
     def open_arena(self) -> None:
         """Answer ARENA_OPEN."""
         wanted = self.receive(Type.ARENA_OPEN)
-        packet = wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, wire.ARENA_OPENED.pack(7))
+        packet = wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, _opened(wanted))
         socket.send_fds(self.agent, [packet], [self.store])
 
     def order(self, kind: Type, payload: bytes) -> None:
@@ -162,8 +162,8 @@ class Scanner(Merger):
     def open_arena(self) -> None:
         """Answer ARENA_OPEN."""
         wanted = self.receive(Type.ARENA_OPEN)
-        payload = wire.ARENA_OPENED.pack(7)
-        self.agent.send(wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, payload))
+        packet = wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, _opened(wanted))
+        self.agent.send(packet)
 
     def changed(self, page: int, count: int) -> list[tuple[int, int]]:
         """Which pages were written; all of the range must have been told of."""
@@ -180,3 +180,8 @@ class Scanner(Merger):
         count = sum(length for _, length in ranges)
         prints = np.frombuffer(self.read_window(0, count * 16), np.uint8).reshape(count, 16)
         return prints, list(self.read_window(count * 16, count))
+
+
+def _opened(message: wire.Message) -> bytes:
+    """The answer to an ARENA_OPEN, with the lock or seed 7."""
+    return wire.pack_arena_opened(7, wire.unpack_arena_open(message).domain, "default")

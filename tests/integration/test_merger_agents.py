@@ -95,7 +95,7 @@ class TestOpening:
         assert refused.value.args[0] == errno.EINVAL
         await agents[0].open("a good one", random_pages(1, 1))
 
-    @pytest.mark.parametrize("domain", ["", "-a", "A", "a" * 64, "a_b"])
+    @pytest.mark.parametrize("domain", ["-a", "A", "a" * 64, "a_b"])
     async def test_bad_domains_are_refused(
         self, agents: list[FakeMergingAgent], domain: str
     ) -> None:

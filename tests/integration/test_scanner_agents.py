@@ -64,7 +64,6 @@ async def open_twins(agent: FakeAgent) -> FakeArena:
         ("a/b", "default", 8),
         ("a\nb", "default", 8),
         ("a" * 128, "default", 8),
-        ("a", "", 8),
         ("a", "Default", 8),
         ("a", "-default", 8),
         ("a", "d" * 64, 8),
@@ -83,6 +82,26 @@ async def test_bad_names_and_sizes_are_refused(
     assert refused.value.error == errno.EINVAL
     assert refused.value.text
     assert [open.name for open in host.service.books.arenas()] == ["template"]
+    # Who shares it all the same is told the reason once more, and not dropped.
+    with pytest.raises(RefusedError) as again:
+        await bad.share(arena)
+    assert again.value.text == refused.value.text
+    bad.arenas[arena.number] = arena
+    bad.close_arena(arena)
+    await bad.open("good", random_pages(1, 1))
+
+
+async def test_who_leaves_the_domain_out_is_told_it(host: ScannerHost, bad: FakeAgent) -> None:
+    arena = await bad.open("a", random_pages(1, 1), "")
+    assert arena.domain == "default"
+
+
+async def test_version_2_has_no_arenas_without_a_domain(host: ScannerHost) -> None:
+    agent = await FakeAgent.connect(host.directory, version=2)
+    with pytest.raises(RefusedError) as refused:
+        await agent.open("a", random_pages(1, 1), "")
+    assert refused.value.error == errno.EINVAL
+    agent.close()
 
 
 @pytest.mark.parametrize("pages", [1000, 1 << 36])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import os
+import pkgutil
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,13 +20,13 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from helpers.certificates import Authority, settings
 from helpers.waiting import until
 
+from samepage import v1
 from samepage.daemon import roles
 from samepage.daemon.addresses import is_local
 from samepage.daemon.config import ConfigError
 from samepage.daemon.roles import ANYONE, Role, allowed
 from samepage.daemon.server import run
 from samepage.daemon.tls import Channels, NetworkSettings, Tls, TlsFiles, open_channel
-from samepage.v1 import arenas_pb2, index_pb2, merger_pb2, scanner_pb2
 
 
 @pytest.fixture(autouse=True)
@@ -273,7 +275,8 @@ def test_which_addresses_are_local(address: str, local: bool) -> None:
 
 
 def test_every_service_is_in_the_table() -> None:
-    files = (arenas_pb2, index_pb2, merger_pb2, scanner_pb2)
+    names = [name for _, name, _ in pkgutil.iter_modules(v1.__path__) if name.endswith("_pb2")]
+    files = [importlib.import_module(f"samepage.v1.{name}") for name in names]
     methods = {
         f"{service.full_name}/{method.name}"
         for file in files

@@ -6,12 +6,14 @@ import asyncio
 import errno
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
 import structlog
 
 from samepage.daemon import secrets, wire
+from samepage.daemon.identity import DeniedError, Identity, SocketIdentity, choose_domain
 from samepage.daemon.peers import Peer
 from samepage.errors import InvalidArgumentError
 from samepage_merger.cluster.away import digests_of
@@ -76,6 +78,7 @@ class _Announcement:
     def __init__(self, wanted: wire.ArenaOpen, seq: int, fd: int = -1) -> None:
         self.extents_left = wanted.extents
         self.away_left = wanted.away
+        self.domain = wanted.domain
         self.seq = seq
         self.fd = fd
         self.next_page = 0
@@ -93,15 +96,21 @@ class Agents:
         domains: the books to keep.
         wake: called when an arena went to limbo.
         requests: who answers what agents ask for about away pages; None where nobody does.
+        identity: says which domains an agent may use.
 
     Attributes:
         clones: who makes clones; None where nobody does.
     """
 
     def __init__(
-        self, domains: Domains, wake: Callable[[], None], requests: AwayRequests | None = None
+        self,
+        domains: Domains,
+        wake: Callable[[], None],
+        requests: AwayRequests | None = None,
+        identity: Identity | None = None,
     ) -> None:
         self._domains = domains
+        self._identity = identity or SocketIdentity()
         self._wake = wake
         self._requests = requests
         self.clones: CloneRequests | None = None
@@ -192,7 +201,7 @@ class Agents:
         if old is None and len(session.arenas) >= ARENAS_PER_AGENT_MAX:
             text = f"this process has {ARENAS_PER_AGENT_MAX} arenas: close some first"
             raise RefusedError(errno.EMFILE, text)
-        domain = self._checked_domain(wanted)
+        domain = self._checked_domain(session.peer, wanted)
         if wanted.lock and not session.reconnected:
             session.reconnected = True
             self.reconnects += 1
@@ -212,7 +221,7 @@ class Agents:
             text = f"the merger cannot open the domain's store ({error.strerror}): see its log"
             raise RefusedError(error.errno or errno.EIO, text) from error
 
-    def _checked_domain(self, wanted: wire.ArenaOpen) -> Domain:
+    def _checked_domain(self, peer: Peer, wanted: wire.ArenaOpen) -> Domain:
         if not 0 < wanted.pages <= ARENA_PAGES_MAX:
             text = f"an arena has 1 to {ARENA_PAGES_MAX} pages, not {wanted.pages}"
             raise RefusedError(errno.EINVAL, text)
@@ -220,9 +229,15 @@ class Agents:
             raise wire.ProtocolError("ARENA_OPEN with more extents and away pages than pages")
         try:
             secrets.check_name(wanted.name)
-            return self._domains.open(wanted.domain)
+            return self._domains.open(self._chosen_domain(peer, wanted.domain))
         except InvalidArgumentError as error:
             raise RefusedError(errno.EINVAL, str(error)) from error
+
+    def _chosen_domain(self, peer: Peer, wanted: str) -> str:
+        try:
+            return choose_domain(self._identity, peer, wanted)
+        except DeniedError as denied:
+            raise RefusedError(*denied.args) from denied
 
     def _create(
         self, session: Session, message: wire.Message, wanted: wire.ArenaOpen, domain: Domain
@@ -238,7 +253,7 @@ class Agents:
             self._announcements[arena] = _Announcement(wanted, message.seq, fd)
             return
         try:
-            _answer_opened(peer, message.seq, arena, [fd])
+            _answer_opened(peer, message.seq, arena, [fd], wanted.domain)
         except OSError:
             del session.arenas[message.arena]
             domain.close(arena)
@@ -369,7 +384,7 @@ class Agents:
             return
         arena.domain.announced(arena)
         passed = [announcement.fd] if announcement.fd >= 0 else []
-        _answer_opened(session.peer, announcement.seq, arena, passed)
+        _answer_opened(session.peer, announcement.seq, arena, passed, announcement.domain)
         self._forget_announcement(arena)
         self._wake()
         log.debug("arena announced again", domain=arena.domain.name, name=arena.name)
@@ -377,7 +392,10 @@ class Agents:
     def _clone(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         if self.clones is None:
             raise RefusedError(errno.EOPNOTSUPP, "this merger clones nothing: give it an index")
-        self.clones.clone(session, message)
+        # Who makes clones need not know who is who.
+        wanted = wire.unpack_clone(message)
+        settled = replace(wanted, domain=self._chosen_domain(session.peer, wanted.domain))
+        self.clones.clone(session, replace(message, payload=wire.pack_clone(settled)))
 
     def _close(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         if self.clones is not None:
@@ -422,8 +440,10 @@ _STALE = (
 )
 
 
-def _answer_opened(peer: Peer, seq: int, arena: Arena, descriptors: Sequence[int]) -> None:
-    payload = wire.ARENA_OPENED.pack(arena.lock)
+def _answer_opened(
+    peer: Peer, seq: int, arena: Arena, descriptors: Sequence[int], wanted: str
+) -> None:
+    payload = wire.pack_arena_opened(arena.lock, wanted, arena.domain.name)
     peer.send(wire.Type.ARENA_OPENED, seq, arena.number, payload, descriptors)
 
 

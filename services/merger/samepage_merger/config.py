@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samepage.daemon.config import require, setting
+from samepage.daemon.identity import IdentitySettings
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.tls import NetworkSettings
@@ -20,7 +21,7 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True)
-class Config(NetworkSettings):
+class Config(NetworkSettings, IdentitySettings):
     """Settings of one merger. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -100,6 +101,7 @@ class Config(NetworkSettings):
             f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
         )
         self.check_network([self.listen], [self.index, self.scanner])
+        self.check_identity()
         require(self.store_limit_bytes >= 0, "store_limit_bytes must be 0 or more")
         require(
             0 <= self.headroom_percent <= 100,

@@ -17,6 +17,7 @@ from prometheus_client.core import Metric
 
 from samepage.daemon.addresses import UNIX
 from samepage.daemon.config import ConfigError
+from samepage.daemon.identity import Identity, make_identity
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
@@ -73,6 +74,7 @@ class MergerService:
         self._handovers: HandOvers | None = None
         self._collect: Callable[[], Iterable[Metric]] | None = None
         self._janitor: asyncio.Task[None] | None = None
+        self._identity: Identity | None = None
         self.listen = (config.listen, f"{UNIX}{config.dir / API_SOCKET}")
         self.health = Health(
             [
@@ -97,7 +99,7 @@ class MergerService:
         """Open the store, and listen to agents.
 
         Raises:
-            ConfigError: the secret or the socket directory will not do.
+            ConfigError: the secret, the policy of identities or the socket directory will not do.
             StoreError: the store's directory will not do.
         """
         config = self._config
@@ -109,7 +111,8 @@ class MergerService:
         domains = Domains(stores, secret)
         self._resources.callback(domains.close)
         janitor = Janitor(domains)
-        agents = Agents(domains, janitor.wake)
+        self._identity = make_identity(config)
+        agents = Agents(domains, janitor.wake, identity=self._identity)
         policies = Policies(config)
         policies.follow(lambda: stores.limit(policies.current.store_limit_bytes))
         headroom = Headroom(policies, domains.saved_pages, HostMemory().available)
@@ -179,6 +182,8 @@ class MergerService:
         if self._locator is not None:
             await self._locator.close()
         self._resources.close()
+        if self._identity is not None:
+            await self._identity.close()
 
     def _janitor_ended(self, janitor: asyncio.Task[None]) -> None:
         if not janitor.cancelled() and (error := janitor.exception()) is not None:
@@ -199,7 +204,7 @@ class MergerService:
             self._resources.callback(os.close, fd)
             descriptors.append(fd)
         path = self._config.dir / AGENT_SOCKET
-        server = PeerServer(path, agents, WINDOW_BYTES, descriptors)
+        server = PeerServer(path, agents, WINDOW_BYTES, descriptors, self._identity)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             server.start()

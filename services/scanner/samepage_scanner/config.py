@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samepage.daemon.config import require, setting
+from samepage.daemon.identity import IdentitySettings
 from samepage.daemon.logs import check_level
 from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.tls import NetworkSettings
@@ -24,7 +25,7 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True)
-class Config(NetworkSettings):
+class Config(NetworkSettings, IdentitySettings):
     """Settings of one scanner. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -118,6 +119,7 @@ class Config(NetworkSettings):
             f"node must be 1 to 253 of A-Z a-z 0-9 . _ -, not {self.node_name!r}",
         )
         self.check_network([self.listen], [self.merger, self.index])
+        self.check_identity()
         for name in ("answer_seconds", "merger_seconds"):
             require(getattr(self, name) > 0, f"{name} must be more than 0")
         self._check_policy()

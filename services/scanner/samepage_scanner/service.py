@@ -11,6 +11,7 @@ import structlog
 from prometheus_client.core import Metric
 
 from samepage.daemon.config import ConfigError
+from samepage.daemon.identity import make_identity
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
@@ -36,7 +37,7 @@ class ScannerService:
     """See samepage.daemon.server.Service. Build it inside the event loop.
 
     Raises:
-        ConfigError: the secret or a certificate cannot be read.
+        ConfigError: the secret, the policy of identities or a certificate cannot be read.
     """
 
     name = "scanner"
@@ -60,8 +61,11 @@ class ScannerService:
         self.publisher = self._make_publisher() if config.index else None
         self.passes = Passes(self.policies, self.books, self.merger, self._passed)
         self.policies.follow(self.passes.hasten)
-        channel = Channel(self.books, self.passes, self.passes.hasten)
-        self._peers = PeerServer(config.dir / SOCKET, channel, WINDOW_BYTES)
+        self._identity = make_identity(config)
+        channel = Channel(self.books, self.passes, self.passes.hasten, self._identity)
+        self._peers = PeerServer(
+            config.dir / SOCKET, channel, WINDOW_BYTES, identity=self._identity
+        )
         self._loops: list[asyncio.Task[None]] = []
 
     def register(self, server: grpc.aio.Server) -> None:
@@ -110,6 +114,7 @@ class ScannerService:
         await self.drain()
         self._peers.stop()
         await self.merger.close()
+        await self._identity.close()
 
     def _make_publisher(self) -> Publisher:
         return Publisher(

@@ -17,10 +17,11 @@ import errno
 import fcntl
 import mmap
 import os
+import signal
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -30,8 +31,13 @@ import numpy.typing as npt
 import structlog
 
 from samepage.daemon import wire
+from samepage.daemon.identity import Identity, SocketIdentity
 
 _CREDENTIALS = struct.Struct("=iII")
+_SO_PEERGROUPS = 59
+_SO_PEERPIDFD = 77
+# What Python takes from getsockopt().
+_GROUPS_BYTES_MAX = 1024
 _SEND_QUEUE_MAX = 1024
 _PACKETS_A_WAKEUP = 64
 _DESCRIPTORS_MAX = 4
@@ -81,6 +87,7 @@ class Peer:
     Attributes:
         agent: its 16-byte number.
         pid, uid, gid: from SO_PEERCRED; pid is 0 across pid namespaces.
+        gids: the same and the supplementary groups, from SO_PEERGROUPS.
         features: bits of docs/protocol.md.
         version: of the protocol, as its HELLO had it.
         window: the memory shared with this agent.
@@ -96,6 +103,8 @@ class Peer:
         self.pid, self.uid, self.gid = _CREDENTIALS.unpack(
             sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
         )
+        self.gids = _groups(sock, self.gid)
+        self._reviewing: asyncio.Task[None] | None = None
         self.agent = b""
         self.features = 0
         self.version = wire.VERSION
@@ -179,6 +188,8 @@ class Peer:
         if self.closed:
             return
         self.closed = True
+        if self._reviewing is not None:
+            self._reviewing.cancel()
         self._loop.remove_reader(self._sock)
         self._loop.remove_writer(self._sock)
         self._sock.close()
@@ -231,7 +242,7 @@ class Peer:
                 self._drop(str(error))
             finally:
                 _close_all(descriptors)
-            if self.closed:
+            if self.closed or self._reviewing is not None:
                 return
 
     def _dispatch(self, message: wire.Message, descriptors: Sequence[int]) -> None:
@@ -243,6 +254,8 @@ class Peer:
             raise wire.ProtocolError(f"a message of version {message.version}")
         elif message.type is wire.Type.DONE:
             self._done(message)
+        elif message.type is wire.Type.CREDENTIAL:
+            self._credential(message)
         else:
             self._server.handler.received(self, message, descriptors)
 
@@ -261,6 +274,40 @@ class Peer:
         self.send(wire.Type.WELCOME, message.seq, 0, payload, passed)
         log.debug("agent connected", pid=self.pid or pid, uid=self.uid)
         self._server.handler.connected(self)
+
+    def _credential(self, message: wire.Message) -> None:
+        """Let the identity see it. Until that is done, the peer's next messages wait."""
+        review = self._server.identity.present(self, message.payload)
+        if review is not None:
+            self._loop.remove_reader(self._sock)
+            self._reviewing = self._loop.create_task(self._review(review))
+
+    async def _review(self, review: Coroutine[None, None, None]) -> None:
+        await review
+        self._reviewing = None
+        self._loop.add_reader(self._sock, self._readable)
+
+    def in_control_group(self, *names: str) -> bool | None:
+        """Whether the path of the process's control group holds one of these names; None when
+        that cannot be seen. True to the process at the other end, not to a later one of its pid.
+        """
+        if self.pid == 0:
+            return None
+        try:
+            pidfd = self._sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD)
+        except OSError:
+            return None
+        try:
+            group = Path(f"/proc/{self.pid}/cgroup").read_text()
+            # Still there, so what was read was its own.
+            signal.pidfd_send_signal(pidfd, 0)
+        except ProcessLookupError:
+            return False
+        except OSError:
+            return None
+        finally:
+            os.close(pidfd)
+        return any(name in group for name in names)
 
     def _done(self, message: wire.Message) -> None:
         order = self._orders.get(message.seq)
@@ -298,6 +345,7 @@ class PeerServer:
         handler: gets the peers' messages.
         window_bytes: size of each peer's window.
         welcome_descriptors: passed with every WELCOME, after the window; at most one.
+        identity: gets the credentials that peers show.
     """
 
     def __init__(
@@ -306,11 +354,13 @@ class PeerServer:
         handler: Handler,
         window_bytes: int,
         welcome_descriptors: Sequence[int] = (),
+        identity: Identity | None = None,
     ) -> None:
         self.path = path
         self.handler = handler
         self.window_bytes = window_bytes
         self.welcome_descriptors = tuple(welcome_descriptors)
+        self.identity = identity or SocketIdentity()
         self._peers: set[Peer] = set()
         self._sock: socket.socket | None = None
 
@@ -342,6 +392,7 @@ class PeerServer:
     def forget(self, peer: Peer) -> None:
         """Called by a peer that closed."""
         self._peers.discard(peer)
+        self.identity.forget(peer)
         if peer.agent:
             self.handler.disconnected(peer)
 
@@ -364,6 +415,15 @@ class PeerServer:
     def _listen_again(self) -> None:
         if self._sock is not None:
             asyncio.get_running_loop().add_reader(self._sock, self._accept)
+
+
+def _groups(sock: socket.socket, gid: int) -> frozenset[int]:
+    try:
+        packed = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERGROUPS, _GROUPS_BYTES_MAX)
+    except OSError as error:
+        log.warning("only the first group of a process counts", gid=gid, why=error.strerror)
+        packed = b""
+    return frozenset(struct.unpack(f"={len(packed) // 4}I", packed)) | {gid}
 
 
 def _make_window(size: int) -> int:

@@ -27,6 +27,7 @@ import structlog
 
 from samepage.daemon.addresses import UNIX, check_listen, is_local
 from samepage.daemon.config import ConfigError, require, setting
+from samepage.daemon.files import Look, look
 from samepage.daemon.roles import Role
 
 _GRACE_SECONDS = 30.0
@@ -170,17 +171,8 @@ class Tls:
         cert, key, ca = self._pem
         return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
 
-    def _look(self) -> tuple[tuple[int, ...], ...]:
-        """What changes when a file is written or replaced, also through a symbolic link."""
-        found: list[tuple[int, ...]] = []
-        for path in (self._files.cert, self._files.key, self._files.ca):
-            try:
-                stat = path.stat()
-            except OSError:
-                found.append(())
-            else:
-                found.append((stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns))
-        return tuple(found)
+    def _look(self) -> Look:
+        return look(self._files.cert, self._files.key, self._files.ca)
 
 
 def open_channel(

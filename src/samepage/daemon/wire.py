@@ -241,6 +241,11 @@ def unpack_arena_open(message: Message) -> ArenaOpen:
     return ArenaOpen(pages, lock, extents, name, domain, *newer)
 
 
+def pack_arena_opened(lock_or_seed: int, wanted: str, domain: str) -> bytes:
+    """Return the payload of ARENA_OPENED, which tells the domain where ARENA_OPEN named none."""
+    return ARENA_OPENED.pack(lock_or_seed) + (b"" if wanted else domain.encode())
+
+
 def pack_arena_open(wanted: ArenaOpen, version: int = VERSION) -> bytes:
     """Return the payload of ARENA_OPEN."""
     name, domain = wanted.name.encode(), wanted.domain.encode()
