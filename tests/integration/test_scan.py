@@ -17,6 +17,7 @@ from application import Application
 from helpers.up import Up, running, samepage
 from matplotlib import image
 
+from samepage.cli import daemons, places
 from samepage.scan import compare, memory
 from samepage.scan.compare import Kind
 
@@ -198,7 +199,7 @@ def test_control_groups(holders: list[Holder], tmp_path: Path) -> None:
         (["--match", "no such process runs here, surely"], 1, "nothing matches"),
         (["--pid", "1", "--plot", "out.pdf"], 2, ".png or .svg"),
         (["--pid", "1", "--limit", "much"], 2, "is no size"),
-        (["--plot", "out.png"], 2, "are for processes"),
+        (["--files"], 2, "are for processes"),
     ],
 )
 def test_bad_arguments(arguments: list[str], code: int, told: str) -> None:
@@ -235,6 +236,8 @@ def up(tmp_path: Path) -> Iterator[Up]:
 
 @pytest.mark.needs("root", "userfaultfd", "move", "wp_tmpfs", "remap")
 def test_arenas_are_estimated_and_not_changed(up: Up) -> None:
+    hour = ("interval_seconds=3600", "interval_max_seconds=3600")  # no background pass meanwhile
+    assert samepage("policy", *hour, "--dir", up.directory).returncode == 0
     with contextlib.ExitStack() as stack:
         applications = [stack.enter_context(Application(up.host())) for _ in range(2)]
         for number, application in enumerate(applications):
@@ -252,6 +255,7 @@ def test_arenas_are_estimated_and_not_changed(up: Up) -> None:
         [first, second] = domain["arenas"]
         assert sorted((first["duplicate"], second["duplicate"])) == [0, 800]
         assert domain["runs"] == {"512": 800}
+        assert_the_picture_shows_where(up)
         assert {arena["absent"] for arena in domain["arenas"]} == {100}
         assert {
             application.call("stats", f"arena-{n}")["shared"]
@@ -263,6 +267,23 @@ def test_arenas_are_estimated_and_not_changed(up: Up) -> None:
         assert [arena["duplicate"] for arena in domain["arenas"]] == [0, 0]
         assert [arena["kept"] for arena in domain["arenas"]] == [100, 100]
         assert samepage("scan", "--dir", up.directory).returncode == 0
+
+
+def assert_the_picture_shows_where(up: Up) -> None:
+    """The first 800 pages of one of two arenas would be shared, the last 100 were never touched."""
+    [host] = places.find(up.directory).hosts
+    [domain] = daemons.estimate_savings(host, 50)
+    by_duplicates = sorted(domain.arenas, key=lambda arena: arena.duplicate)
+    for arena, duplicate in zip(by_duplicates, (0, 20), strict=True):
+        assert [stretch.pages for stretch in arena.stretches] == [20] * 50
+        assert [s.duplicate for s in arena.stretches] == [duplicate] * 40 + [0] * 10
+        assert [s.absent for s in arena.stretches] == [0] * 45 + [20] * 5
+        assert {s.shared for s in arena.stretches} == {s.zero for s in arena.stretches} == {0}
+    for suffix, begins in ((".png", b"\x89PNG"), (".svg", b"<?xml")):
+        out = up.directory / f"where{suffix}"
+        done = samepage("scan", "--dir", up.directory, "--plot", out)
+        assert done.returncode == 0 and f"drawn: {out}" in done.stderr
+        assert out.read_bytes().startswith(begins)
 
 
 def test_reading_oneself_is_like_reading_others() -> None:

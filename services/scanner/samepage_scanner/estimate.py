@@ -5,18 +5,37 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 
 from samepage.daemon.wire import PageState
 from samepage_scanner.books import Arena
-from samepage_scanner.match import Match, match
+from samepage_scanner.match import Match, Runs, match
+from samepage_scanner.pages import STATE, Pages
+
+STRETCHES_MAX = 4096
+
+#: Pages in each stretch of an arena.
+Counts = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Stretches:
+    """What an arena's pages are, by stretches of about the same length."""
+
+    pages: Counts
+    absent: Counts
+    shared: Counts
+    zero: Counts
+    duplicate: Counts
 
 
 @dataclass(frozen=True, slots=True)
 class ArenaEstimate:
     """Pages of an arena, by what a share would make of them; they sum to `pages`, but for `runs`,
-    which is how many stretches of neighbours the duplicates are in."""
+    which is how many runs of neighbours the duplicates are in."""
 
     arena: Arena
     pages: int
@@ -26,6 +45,7 @@ class ArenaEstimate:
     duplicate: int
     kept: int
     runs: int
+    stretches: Stretches | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +60,18 @@ class Estimate:
     lengths: dict[int, int]
 
 
-async def estimate(arenas: Sequence[Arena]) -> Estimate:
-    """Match the arenas of one domain, in a thread."""
-    arenas = list(arenas)
-    found = await asyncio.to_thread(match, [arena.pages for arena in arenas], waive=True)
-    return Estimate([_of(arena, row, found) for row, arena in enumerate(arenas)], _lengths(found))
+async def estimate(arenas: Sequence[Arena], stretches: int = 0) -> Estimate:
+    """Match the arenas of one domain, in a thread; of each, tell of so many stretches."""
+    return await asyncio.to_thread(_estimate, list(arenas), stretches)
 
 
-def _of(arena: Arena, row: int, found: Match) -> ArenaEstimate:
+def _estimate(arenas: list[Arena], stretches: int) -> Estimate:
+    found = match([arena.pages for arena in arenas], waive=True)
+    estimates = [_of(arena, row, found, stretches) for row, arena in enumerate(arenas)]
+    return Estimate(estimates, _lengths(found))
+
+
+def _of(arena: Arena, row: int, found: Match, stretches: int) -> ArenaEstimate:
     equal = found.equal["count"][found.equal["follower_arena"] == row]
     zero = int(found.zero["count"][found.zero["follower_arena"] == row].sum())
     duplicate = int(equal.sum())
@@ -55,7 +79,39 @@ def _of(arena: Arena, row: int, found: Match) -> ArenaEstimate:
     pages = len(arena.pages)
     # the page that others follow is kept, as are those without an equal one
     kept = max(pages - absent - shared - zero - duplicate, 0)
-    return ArenaEstimate(arena, pages, absent, shared, zero, duplicate, kept, equal.size)
+    where = _stretches(arena.pages, row, found, stretches) if stretches else None
+    return ArenaEstimate(arena, pages, absent, shared, zero, duplicate, kept, equal.size, where)
+
+
+def _stretches(pages: Pages, row: int, found: Match, count: int) -> Stretches:
+    count = min(count, STRETCHES_MAX, len(pages))
+    edges = np.arange(count + 1) * len(pages) // count
+    states = np.array(
+        [
+            np.bincount(pages.flags[low:high] & STATE, minlength=len(PageState))
+            for low, high in pairwise(edges.tolist())
+        ]
+    )
+    return Stretches(
+        pages=np.diff(edges),
+        absent=states[:, PageState.ABSENT],
+        shared=states[:, PageState.SHARED],
+        zero=_inside(found.zero, row, edges),
+        duplicate=_inside(found.equal, row, edges),
+    )
+
+
+def _inside(runs: Runs, row: int, edges: Counts) -> Counts:
+    """How many of the arena's pages are in runs, between each two edges."""
+    mine = np.sort(runs[runs["follower_arena"] == row], order="follower_page")
+    first, counts = mine["follower_page"].astype(np.int64), mine["count"].astype(np.int64)
+    if not first.size:
+        return np.zeros(edges.size - 1, np.int64)
+    before = np.concatenate(([0], np.cumsum(counts)))
+    # of the last run that begins before an edge, only a part may lie before it
+    last = np.searchsorted(first, edges, "left") - 1
+    inside = np.minimum(edges - first[last], counts[last])
+    return np.diff(np.where(last < 0, 0, before[last] + inside))
 
 
 def _lengths(found: Match) -> dict[int, int]:

@@ -19,7 +19,7 @@ from samepage.v1 import scanner_pb2, scanner_pb2_grpc
 from samepage_scanner import fingerprints as fp
 from samepage_scanner.books import Books
 from samepage_scanner.config import Config
-from samepage_scanner.estimate import Estimate, estimate
+from samepage_scanner.estimate import Estimate, Stretches, estimate
 from samepage_scanner.locate import locate
 from samepage_scanner.merging import MergerClient
 from samepage_scanner.passes import Passes, ShareRefusedError
@@ -106,7 +106,7 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
         for name in [request.domain] if request.domain else domains:
             domain = self._books.domains.get(name)
             if domain is not None and domain.arenas:
-                yield _estimate(name, await estimate(domain.arenas))
+                yield _estimate(name, await estimate(domain.arenas, request.stretches))
 
     async def GetScannerStatus(
         self, request: scanner_pb2.GetScannerStatusRequest, context: Context
@@ -211,6 +211,7 @@ def _estimate(domain: str, found: Estimate) -> scanner_pb2.EstimateSavingsRespon
                 duplicate=each.duplicate,
                 kept=each.kept,
                 runs=each.runs,
+                stretches=_stretches(each.stretches),
             )
             for each in found.arenas
         ],
@@ -219,6 +220,14 @@ def _estimate(domain: str, found: Estimate) -> scanner_pb2.EstimateSavingsRespon
             for length, pages in found.lengths.items()
         ],
     )
+
+
+def _stretches(found: Stretches | None) -> list[scanner_pb2.Stretch]:
+    if found is None:
+        return []
+    names = ("pages", "absent", "shared", "zero", "duplicate")
+    rows = zip(*(getattr(found, name).tolist() for name in names), strict=True)
+    return [scanner_pb2.Stretch(**dict(zip(names, row, strict=True))) for row in rows]
 
 
 async def _abort(context: Context, code: grpc.StatusCode, text: str) -> NoReturn:

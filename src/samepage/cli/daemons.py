@@ -59,6 +59,17 @@ class ArenasServiceStats:
 
 
 @dataclass(frozen=True)
+class Stretch:
+    """Neighbouring pages of an arena, and what they are; see proto/samepage/v1/scanner.proto."""
+
+    pages: int
+    absent: int
+    shared: int
+    zero: int
+    duplicate: int
+
+
+@dataclass(frozen=True)
 class ArenaEstimate:
     """What a share would make of an arena, in pages; see proto/samepage/v1/scanner.proto."""
 
@@ -71,6 +82,7 @@ class ArenaEstimate:
     duplicate: int
     kept: int
     runs: int
+    stretches: list[Stretch]
 
 
 @dataclass(frozen=True)
@@ -82,8 +94,11 @@ class DomainEstimate:
     runs: dict[int, int]
 
     def to_json(self) -> dict[str, object]:
-        """For programs."""
-        return {**dataclasses.asdict(self), "runs": {str(k): v for k, v in self.runs.items()}}
+        """For programs: the counts."""
+        found = dataclasses.asdict(self)
+        for arena in found["arenas"]:
+            del arena["stretches"]
+        return {**found, "runs": {str(k): v for k, v in self.runs.items()}}
 
 
 @dataclass(frozen=True)
@@ -164,27 +179,33 @@ def arenas_service_stats(host: Host) -> ArenasServiceStats:
     )
 
 
-def estimate_savings(host: Host) -> list[DomainEstimate]:
-    """Ask the scanner what sharing would save, by domain.
+def estimate_savings(host: Host, stretches: int = 0) -> list[DomainEstimate]:
+    """Ask the scanner what sharing would save, by domain; of each arena also by stretches.
 
     Raises:
         NotRunningError, ServiceUnavailableError: it does not answer.
     """
     with rpc.channel(rpc.socket_address(host.directory, rpc.SCANNER_SOCKET)) as channel:
         answers = scanner_pb2_grpc.ScannerStub(channel).EstimateSavings(
-            scanner_pb2.EstimateSavingsRequest(), timeout=_ESTIMATE_SECONDS
+            scanner_pb2.EstimateSavingsRequest(stretches=stretches), timeout=_ESTIMATE_SECONDS
         )
         return [
             DomainEstimate(
                 answer.domain,
-                [
-                    ArenaEstimate(**{name: getattr(arena, name) for name in _fields(ArenaEstimate)})
-                    for arena in answer.arenas
-                ],
+                [_arena_estimate(arena) for arena in answer.arenas],
                 {runs.length: runs.pages for runs in answer.runs},
             )
             for answer in answers
         ]
+
+
+def _arena_estimate(answer: scanner_pb2.ArenaEstimate) -> ArenaEstimate:
+    values = {name: getattr(answer, name) for name in _fields(ArenaEstimate)}
+    names = _fields(Stretch)
+    values["stretches"] = [
+        Stretch(**{name: getattr(stretch, name) for name in names}) for stretch in answer.stretches
+    ]
+    return ArenaEstimate(**values)
 
 
 def scanner_stats(host: Host) -> ScannerStats:

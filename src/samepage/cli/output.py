@@ -24,7 +24,8 @@ DirectoryOption = Annotated[
 ]
 DomainOption = Annotated[str | None, typer.Option(help="Only this domain.")]
 
-console = Console()
+# Into a file or a pipe, tables get the columns that they need.
+console = Console() if sys.stdout.isatty() else Console(width=200)
 messages = Console(stderr=True)
 
 
@@ -44,7 +45,10 @@ def make_table(columns: Sequence[str], rows: Iterable[Sequence[object]], title: 
     table = Table(title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         right = column.startswith(">")
-        table.add_column(column.removeprefix(">"), justify="right" if right else "left")
+        # a name that was cut short is of no use
+        table.add_column(
+            column.removeprefix(">"), justify="right" if right else "left", overflow="fold"
+        )
     for row in rows:
         table.add_row(*(cell if isinstance(cell, str) else f"{cell:,}" for cell in row))
     return table

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from samepage.scan.memory import Mapping
 
 _ROWS = 12
+_STRETCHES = 1200
 _PLOTS = (".png", ".svg")
 
 
@@ -56,14 +58,14 @@ def scan(
     """
     if plot is not None and plot.suffix not in _PLOTS:
         raise InvalidArgumentError(f"--plot {plot}: give a name that ends with .png or .svg")
-    if not (pid or cgroup or match):
-        if plot or files or limit:
-            raise InvalidArgumentError("--plot, --files and --limit are for processes: name some")
-        _scan_arenas(places.find(directory).hosts, json)
-        return
-    _need("numpy", "services", "to compare memory")
     if plot is not None:
         _need("matplotlib", "plot", "to draw")
+    if not (pid or cgroup or match):
+        if files or limit:
+            raise InvalidArgumentError("--files and --limit are for processes: name some")
+        _scan_arenas(places.find(directory).hosts, plot, json)
+        return
+    _need("numpy", "services", "to compare memory")
     pids = _processes(pid or [], cgroup, match)
     _scan_processes(pids, files, None if limit is None else parse_size(limit), plot, json)
 
@@ -104,7 +106,7 @@ def _scan_processes(
         from samepage.scan import picture
 
         picture.draw(pages, found, report, plot)
-        messages.print(f"drawn: {plot}", highlight=False)
+        messages.print(f"drawn: {plot}", highlight=False, soft_wrap=True)
     if json:
         print_json(report.to_json())
     else:
@@ -197,8 +199,15 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "-"
 
 
-def _scan_arenas(hosts: Sequence[places.Host], json: bool) -> None:
-    found = [(host, daemons.estimate_savings(host)) for host in hosts]
+def _scan_arenas(hosts: Sequence[places.Host], plot: Path | None, json: bool) -> None:
+    stretches = 0 if plot is None else _STRETCHES
+    found = [(host, daemons.estimate_savings(host, stretches)) for host in hosts]
+    if plot is not None:
+        from samepage.scan import picture
+
+        named = {host.name or str(host.directory): domains for host, domains in found}
+        picture.draw_arenas(named, _runs(found), plot)
+        messages.print(f"drawn: {plot}", highlight=False, soft_wrap=True)
     if json:
         print_json(
             [
@@ -226,11 +235,15 @@ def _scan_arenas(hosts: Sequence[places.Host], json: bool) -> None:
     ]
     columns = ("host", "domain", "arena", ">size", ">shared", ">zero", ">duplicate", ">runs")
     print_table([*columns, ">kept", ">absent"], rows)
-    runs: dict[int, int] = {}
-    for _, domains in found:
-        for domain in domains:
-            for length, pages in domain.runs.items():
-                runs[length] = runs.get(length, 0) + pages
-    _show_runs(dict(sorted(runs.items())))
+    _show_runs(_runs(found))
     saved = sum(a.zero + a.duplicate for _, domains in found for d in domains for a in d.arenas)
     print(f"Sharing now would save {_size(saved)}. 'samepage share' does it.")
+
+
+def _runs(found: Sequence[tuple[places.Host, list[daemons.DomainEstimate]]]) -> dict[int, int]:
+    """Pages that would be saved, by length of run, of all hosts."""
+    runs: Counter[int] = Counter()
+    for _, domains in found:
+        for domain in domains:
+            runs.update(domain.runs)
+    return dict(sorted(runs.items()))

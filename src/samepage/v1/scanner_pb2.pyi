@@ -201,16 +201,22 @@ class EstimateSavingsRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DOMAIN_FIELD_NUMBER: _builtins.int
+    STRETCHES_FIELD_NUMBER: _builtins.int
     domain: _builtins.str
     """Empty: every domain."""
+    stretches: _builtins.int
+    """Tell also where in each arena: by so many stretches of about the same length, at most 4096
+    (more count as that). 0: do not.
+    """
     def __init__(
         self,
         *,
         domain: _builtins.str = ...,
+        stretches: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["domain", b"domain", "stretches", b"stretches"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -260,6 +266,7 @@ class ArenaEstimate(_message.Message):
     DUPLICATE_FIELD_NUMBER: _builtins.int
     KEPT_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
+    STRETCHES_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pid: _builtins.int
     """Process id as the scanner sees it, 0 when it cannot."""
@@ -276,6 +283,10 @@ class ArenaEstimate(_message.Message):
     """The rest: no equal page on this host, or the one copy of several that is kept."""
     runs: _builtins.int
     """Runs of neighbours that the duplicates are in: as many mappings it would take."""
+    @_builtins.property
+    def stretches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stretch]:
+        """From the arena's beginning to its end."""
+
     def __init__(
         self,
         *,
@@ -288,14 +299,48 @@ class ArenaEstimate(_message.Message):
         duplicate: _builtins.int = ...,
         kept: _builtins.int = ...,
         runs: _builtins.int = ...,
+        stretches: _abc.Iterable[Global___Stretch] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "duplicate", b"duplicate", "kept", b"kept", "name", b"name", "pages", b"pages", "pid", b"pid", "runs", b"runs", "shared", b"shared", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "duplicate", b"duplicate", "kept", b"kept", "name", b"name", "pages", b"pages", "pid", b"pid", "runs", b"runs", "shared", b"shared", "stretches", b"stretches", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ArenaEstimate: _TypeAlias = ArenaEstimate  # noqa: Y015
+
+@_typing.final
+class Stretch(_message.Message):
+    """Neighbouring pages of an arena, counted as the arena's are."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PAGES_FIELD_NUMBER: _builtins.int
+    ABSENT_FIELD_NUMBER: _builtins.int
+    SHARED_FIELD_NUMBER: _builtins.int
+    ZERO_FIELD_NUMBER: _builtins.int
+    DUPLICATE_FIELD_NUMBER: _builtins.int
+    pages: _builtins.int
+    absent: _builtins.int
+    shared: _builtins.int
+    zero: _builtins.int
+    duplicate: _builtins.int
+    def __init__(
+        self,
+        *,
+        pages: _builtins.int = ...,
+        absent: _builtins.int = ...,
+        shared: _builtins.int = ...,
+        zero: _builtins.int = ...,
+        duplicate: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "duplicate", b"duplicate", "pages", b"pages", "shared", b"shared", "zero", b"zero"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Stretch: _TypeAlias = Stretch  # noqa: Y015
 
 @_typing.final
 class RunLengths(_message.Message):
