@@ -175,6 +175,57 @@ static void replace_run(struct sp_node *node, struct sp_arena *arena, const stru
 	}
 }
 
+/* How many of the runs can be replaced in one go, up to SP_PIECES: short ones that ascend, of slots
+ * that follow each other, all of whose pages are private by the extents. */
+static size_t gather(const struct sp_mover *mover, const struct sp_arena *arena,
+		     const struct wire_run *runs, size_t n, struct sp_piece *pieces)
+{
+	const struct sp_extents *extents = &arena->extents;
+	size_t left = mover->extents_budget > extents->count ? mover->extents_budget - extents->count
+							     : 0;
+	size_t i = 0;
+
+	if (!mover->can_share || atomic_load(&arena->sealed))
+		return 0;
+	for (; i < n && i < left && i < SP_PIECES; i++) {
+		const struct wire_run *run = &runs[i], *before = run - 1;
+		size_t at = sp_extents_find(extents, run->page);
+
+		if (run->count > SP_PIECE_PAGES || run->slot == WIRE_ZERO_SLOT)
+			break;
+		if (i > 0 && (run->slot != before->slot + before->count ||
+			      run->page < before->page + before->count))
+			break;
+		if (at < extents->count && extents->entries[at].page < run->page + run->count)
+			break;
+		if (sp_mover_was_restored(mover, arena->number, run->page, run->count))
+			break;
+		pieces[i] = (struct sp_piece){.address = arena->data + run->page * SP_PAGE_SIZE,
+					      .n = run->count};
+	}
+	return i;
+}
+
+/* Replace a run, or several that are short. Returns how many it was. */
+static size_t replace_some(struct sp_node *node, struct sp_arena *arena,
+			   const struct wire_run *runs, size_t n, uint8_t *outcomes)
+{
+	struct sp_piece pieces[SP_PIECES];
+
+	n = gather(&node->mover, arena, runs, n, pieces);
+	if (n < 2) {
+		replace_run(node, arena, runs, outcomes);
+		return 1;
+	}
+	sp_pager_replace_pieces(&node->mover.pager, pieces, n, arena->store, runs[0].slot, outcomes);
+	for (size_t i = 0; i < n; i++) {
+		record(arena, &runs[i], outcomes);
+		outcomes += runs[i].count;
+	}
+	sp_mover_serve_faults(node);
+	return n;
+}
+
 /* Whether the runs lie in the arena and the store. */
 static bool are_valid(const struct sp_arena *arena, const struct wire_run *runs, size_t n)
 {
@@ -211,9 +262,10 @@ static int order_replace(struct sp_node *node, struct sp_arena *arena,
 		return sp_mover_send_done(node, order, ENOENT, 0);
 	if (!are_valid(arena, runs, replace->runs))
 		return -EPROTO;
-	for (size_t i = 0; i < replace->runs; i++) {
-		replace_run(node, arena, &runs[i], outcomes);
-		outcomes += runs[i].count;
+	for (size_t i = 0, end; i < replace->runs;) {
+		end = i + replace_some(node, arena, &runs[i], replace->runs - i, outcomes);
+		for (; i < end; i++)
+			outcomes += runs[i].count;
 	}
 	return sp_mover_send_done(node, order, 0, (size_t)(outcomes - node->mover.outcomes));
 }

@@ -153,9 +153,10 @@ static uint8_t refusal(int error)
 	}
 }
 
-/* Move what will move. A failing stretch is narrowed to its first page, which is then given up and
- * marked: an error other than EBUSY and EAGAIN can mean just that the stretch crosses mappings. */
-static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes)
+/* A failing stretch is narrowed to its first page, which is then given up and marked: an error other
+ * than EBUSY and EAGAIN can mean just that the stretch crosses mappings. */
+void sp_pager_move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *staged,
+		       uint8_t *outcomes)
 {
 	size_t done = 0, length = n, moved;
 	bool cleared = false;
@@ -164,7 +165,7 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 	while (done < n) {
 		if (length > n - done)
 			length = n - done;
-		error = uffd_move(pager->uffds.memory, pager->staging + bytes_of(done),
+		error = uffd_move(pager->uffds.memory, staged + bytes_of(done),
 				  address + bytes_of(done), bytes_of(length), &moved);
 		moved /= SP_PAGE_SIZE;
 		memset(outcomes + done, WIRE_MERGED, moved);
@@ -173,7 +174,7 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 			length = error ? 1 : n - done;
 			tries = 0;
 		} else if (error == -EEXIST && !cleared) { /* mlockall() has filled it */
-			memory_drop(pager->staging + bytes_of(done), bytes_of(n - done));
+			memory_drop(staged + bytes_of(done), bytes_of(n - done));
 			cleared = true;
 		} else if (length > 1) {
 			length = error == -EBUSY ? 1 : length / 2;
@@ -187,26 +188,38 @@ static void move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t
 	}
 }
 
-int sp_pager_take(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes)
+int sp_pager_register_missing(struct sp_pager *pager, uint8_t *address, size_t n)
 {
 	uint64_t mode = UFFDIO_REGISTER_MODE_MISSING |
 			(pager->tracks ? UFFDIO_REGISTER_MODE_WP : 0);
-	int error = uffd_register(pager->uffds.memory, address, bytes_of(n), mode);
+
+	return uffd_register(pager->uffds.memory, address, bytes_of(n), mode);
+}
+
+int sp_pager_find_holes(struct sp_pager *pager, size_t n, uint8_t *outcomes)
+{
+	int error = sp_pagemap_read(pager->pagemap, pager->staging, n, pager->page_states);
+
+	for (size_t i = 0; i < n && !error; i++)
+		if (outcomes[i] == WIRE_MERGED && !sp_pagemap_has_page(pager->page_states[i]))
+			outcomes[i] = WIRE_ABSENT;
+	return error;
+}
+
+int sp_pager_take(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *outcomes)
+{
+	int error = sp_pager_register_missing(pager, address, n);
 
 	if (error)
 		return error;
-	move_out(pager, address, n, outcomes);
-	error = sp_pagemap_read(pager->pagemap, pager->staging, n, pager->page_states);
-	if (error) { /* can't tell holes from pages: nothing may be read there */
+	sp_pager_move_out(pager, address, n, pager->staging, outcomes);
+	error = sp_pager_find_holes(pager, n, outcomes);
+	if (error) { /* nothing may be read there */
 		sp_pager_put_back(pager, address, 0, n);
 		sp_pager_end_missing(pager, address, n);
 		sp_pager_wake(pager, address, n);
-		return error;
 	}
-	for (size_t i = 0; i < n; i++)
-		if (outcomes[i] == WIRE_MERGED && !sp_pagemap_has_page(pager->page_states[i]))
-			outcomes[i] = WIRE_ABSENT;
-	return 0;
+	return error;
 }
 
 /* The application changed the address's protection or lock under a take, so that the page itself
@@ -245,43 +258,12 @@ void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, s
 	}
 }
 
-int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, uint8_t **side)
-{
-	size_t length = bytes_of(n);
-	uint8_t *memory = mmap(NULL, length, PROT_READ | PROT_WRITE, MAP_PRIVATE, store,
-			       (off_t)(slot * SP_PAGE_SIZE));
-	uint64_t mode = UFFDIO_REGISTER_MODE_WP |
-			(pager->discards ? UFFDIO_REGISTER_MODE_MINOR : 0);
-	int error;
-
-	if (memory == MAP_FAILED)
-		return -errno;
-	error = sys_result(madvise(memory, length, MADV_DONTFORK));
-	if (!error)
-		error = sys_result(madvise(memory, length, MADV_POPULATE_READ));
-	if (!error && pager->uffds.store >= 0)
-		error = uffd_register(pager->uffds.store, memory, length, mode);
-	while (!error && pager->uffds.store >= 0) { /* EAGAIN: an event waits to be read, which is the watcher's */
-		error = uffd_writeprotect(pager->uffds.store, memory, length,
-					  UFFDIO_WRITEPROTECT_MODE_WP);
-		if (error != -EAGAIN)
-			break;
-		sp_pager_back_off();
-		error = 0;
-	}
-	if (error)
-		munmap(memory, length);
-	else
-		*side = memory;
-	return error;
-}
-
 uint8_t sp_pager_failure(int error)
 {
 	return error == -ENOMEM ? WIRE_NO_MAPPING : error == -EAGAIN ? WIRE_BUSY : WIRE_UNSUPPORTED;
 }
 
-static size_t stretch(const uint8_t *outcomes, size_t first, size_t n)
+size_t sp_pager_stretch(const uint8_t *outcomes, size_t first, size_t n)
 {
 	size_t end = first + 1;
 
@@ -290,71 +272,32 @@ static size_t stretch(const uint8_t *outcomes, size_t first, size_t n)
 	return end;
 }
 
-void sp_pager_finish(struct sp_pager *pager, uint8_t *address, size_t n, const uint8_t *outcomes,
-		     bool mapped)
+void sp_pager_end_take(struct sp_pager *pager, uint8_t *base, size_t first, size_t end,
+		       const uint8_t *outcomes, bool mapped)
 {
-	size_t end, private_from = 0;
+	size_t next, private_from = first;
 
-	for (size_t i = 0; i < n; i = end) {
-		end = stretch(outcomes, i, n);
+	for (size_t i = first; i < end; i = next) {
+		next = sp_pager_stretch(outcomes, i, end);
 		if (outcomes[i] == WIRE_DIFFERS || outcomes[i] == WIRE_NO_MAPPING)
-			sp_pager_put_back(pager, address, i, end - i);
-		if (outcomes[i] != WIRE_MERGED)
-			continue;
-		memory_drop(pager->staging + bytes_of(i), bytes_of(end - i));
-		if (!mapped)
+			sp_pager_put_back(pager, base, i, next - i);
+		if (outcomes[i] != WIRE_MERGED || !mapped)
 			continue;
 		/* what mremap() put there is registered for writes, and must stay so */
 		if (i > private_from)
-			sp_pager_end_missing(pager, address + bytes_of(private_from), i - private_from);
-		private_from = end;
+			sp_pager_end_missing(pager, base + bytes_of(private_from), i - private_from);
+		private_from = next;
 	}
-	if (n > private_from)
-		sp_pager_end_missing(pager, address + bytes_of(private_from), n - private_from);
+	if (end > private_from)
+		sp_pager_end_missing(pager, base + bytes_of(private_from), end - private_from);
+}
+
+void sp_pager_finish(struct sp_pager *pager, uint8_t *address, size_t n, const uint8_t *outcomes,
+		     bool mapped)
+{
+	sp_pager_end_take(pager, address, 0, n, outcomes, mapped);
+	memory_drop(pager->staging, bytes_of(n));
 	sp_pager_wake(pager, address, n);
-}
-
-void sp_pager_map_over(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *side,
-		       uint8_t *outcomes)
-{
-	size_t end;
-
-	for (size_t i = 0; i < n; i = end) {
-		uint8_t *from = side + bytes_of(i);
-		int error = -ENOMEM;
-
-		end = stretch(outcomes, i, n);
-		if (outcomes[i] == WIRE_MERGED) {
-			error = sp_pager_remap(pager, from, end - i, 0, address + bytes_of(i));
-			if (error)
-				memset(outcomes + i, WIRE_NO_MAPPING, end - i);
-		}
-		if (error)
-			munmap(from, bytes_of(end - i));
-	}
-}
-
-void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot,
-		      uint8_t *outcomes)
-{
-	uint8_t *side = NULL;
-	int error = sp_pager_map_side(pager, n, store, slot, &side);
-
-	if (!error) {
-		error = sp_pager_take(pager, address, n, outcomes);
-		if (error)
-			munmap(side, bytes_of(n));
-	}
-	if (error) {
-		memset(outcomes, sp_pager_failure(error), n);
-		return;
-	}
-	for (size_t i = 0; i < n; i++)
-		if (outcomes[i] == WIRE_MERGED && memcmp(pager->staging + bytes_of(i),
-							 side + bytes_of(i), SP_PAGE_SIZE) != 0)
-			outcomes[i] = WIRE_DIFFERS;
-	sp_pager_map_over(pager, address, n, side, outcomes);
-	sp_pager_finish(pager, address, n, outcomes, true);
 }
 
 bool sp_pager_is_pinned(struct sp_pager *pager, uint8_t *address, size_t n)

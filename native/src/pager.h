@@ -42,7 +42,10 @@
 #include "probe.h"
 #include "samepage.h"
 
-#define SP_TAKE_PAGES 256 /* longest run taken at once: bounds how long a thread may wait */
+/* What is taken at once bounds how long a thread may wait. */
+#define SP_TAKE_PAGES 256 /* longest run */
+#define SP_PIECES 16	  /* short runs side by side */
+#define SP_PIECE_PAGES 8  /* longest of those */
 
 struct sp_pager {
 	struct sp_uffds uffds;
@@ -59,6 +62,13 @@ struct sp_pager {
 	atomic_int thread;		     /* the mover's id */
 	atomic_bool moving;		     /* it is in mremap() */
 	atomic_uintptr_t moved_from, moved_to; /* addresses of its last one */
+};
+
+/* A run of private pages that is replaced together with others. */
+struct sp_piece {
+	uint8_t *address;
+	size_t n;
+	bool taken; /* the pager's */
 };
 
 /* A pager that holds nothing; destroying it does nothing. */
@@ -95,6 +105,11 @@ void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, s
  * wherever the bytes are equal. One outcome a page (enum wire_outcome). */
 void sp_pager_replace(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot,
 		      uint8_t *outcomes);
+
+/* The same for the pages of several pieces, ascending and SP_TAKE_PAGES together at most, by as many
+ * slots from `slot` on. Costs less than one by one: the slots are mapped aside together. */
+void sp_pager_replace_pieces(struct sp_pager *pager, struct sp_piece *pieces, size_t n, int store,
+			     uint64_t slot, uint8_t *outcomes);
 
 /* Give n <= SP_TAKE_PAGES pages at `address` back to the kernel where they hold only zeros. One
  * outcome a page. */
@@ -162,8 +177,7 @@ int sp_pager_read_slots(int store, uint8_t *to, size_t length, uint64_t slot);
 /* The outcome of pages that were not even taken. */
 uint8_t sp_pager_failure(int error);
 
-/* End a take: what WIRE_MERGED stands at is gone from its address already (something else is mapped
- * there, or it was dropped); the other pages return, and the range is as it was. */
+/* End a take of n pages by themselves, and wake; of what is staged nothing is left then. */
 void sp_pager_finish(struct sp_pager *pager, uint8_t *address, size_t n, const uint8_t *outcomes,
 		     bool mapped);
 
@@ -172,6 +186,26 @@ bool sp_pager_may_map(void);
 
 /* Drop n pages that are registered with the store's userfaultfd. 0 or -errno. */
 int sp_pager_drop(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Have missing faults on n private pages wait, as a take begins. -errno. */
+int sp_pager_register_missing(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Move what will move of n pages, to the staged pages from `staged` on. Sets all outcomes as
+ * sp_pager_take() does, but holes, which look like pages. */
+void sp_pager_move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8_t *staged,
+		       uint8_t *outcomes);
+
+/* Tell holes from pages among the first n of the staging area. -errno: nothing may be read there. */
+int sp_pager_find_holes(struct sp_pager *pager, size_t n, uint8_t *outcomes);
+
+/* End a take of the staged pages [first, end), which belong at `base` + first pages: what WIRE_MERGED
+ * stands at is gone from its address already (something else is mapped there, or it is to be dropped);
+ * the other pages return, and the range is as it was. Nobody is woken, nothing staged is dropped. */
+void sp_pager_end_take(struct sp_pager *pager, uint8_t *base, size_t first, size_t end,
+		       const uint8_t *outcomes, bool mapped);
+
+/* Where the pages from `first` on end that have one outcome. */
+size_t sp_pager_stretch(const uint8_t *outcomes, size_t first, size_t n);
 
 /* Map slots at a side address so that they are there, and trap on write. -errno. */
 int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot, uint8_t **side);

@@ -74,6 +74,26 @@ static inline size_t racing_replace(struct racing *racing, size_t first, size_t 
 	return merged;
 }
 
+/* The same for every second page of 2 * n, in pieces of one. */
+static inline size_t racing_replace_scattered(struct racing *racing, size_t first, size_t n,
+					      uint64_t slot, uint8_t *outcomes)
+{
+	struct sp_piece pieces[SP_PIECES];
+	size_t merged = 0;
+
+	for (size_t i = 0; i < n; i++)
+		pieces[i] = (struct sp_piece){
+			.address = racing->data + (first + 2 * i) * SP_PAGE_SIZE, .n = 1};
+	sp_pager_replace_pieces(&racing->pager, pieces, n, racing->store, slot, outcomes);
+	for (size_t i = 0; i < n; i++) {
+		if (outcomes[i] != WIRE_MERGED)
+			continue;
+		racing->slot_of[first + 2 * i] = slot + i;
+		merged++;
+	}
+	return merged;
+}
+
 static inline bool racing_is_private(const struct racing *racing, size_t first, size_t n)
 {
 	for (size_t i = 0; i < n; i++)

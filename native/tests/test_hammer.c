@@ -58,17 +58,19 @@ static void check_books(void)
 		CHECK(!slot_of[i] == !sp_pagemap_is_shared(entries[i]));
 }
 
-static size_t replace_run(size_t first, size_t n, uint64_t slot)
+/* Replace n pages from `first` on, or every second one. */
+static size_t replace_run(size_t first, size_t n, size_t step, uint64_t slot)
 {
 	uint8_t outcomes[PAGES];
 	size_t merged;
 
-	if (!racing_is_private(&racing, first, n))
+	if (!racing_is_private(&racing, first, n * step))
 		return 0;
 	/* while others write: a torn copy will just differ */
-	CHECK(pwrite(racing.store, racing.data + first * SP_PAGE_SIZE, n * SP_PAGE_SIZE,
-		     (off_t)(slot * SP_PAGE_SIZE)) == (ssize_t)(n * SP_PAGE_SIZE));
-	merged = racing_replace(&racing, first, n, slot, outcomes);
+	for (size_t i = 0; i < n; i++)
+		write_slot(racing.store, slot + i, racing.data + (first + i * step) * SP_PAGE_SIZE);
+	merged = step == 1 ? racing_replace(&racing, first, n, slot, outcomes)
+			   : racing_replace_scattered(&racing, first, n, slot, outcomes);
 	for (size_t i = 0; i < n; i++)
 		CHECK(outcomes[i] == WIRE_MERGED || outcomes[i] == WIRE_DIFFERS);
 	return merged;
@@ -99,13 +101,16 @@ int main(void)
 	}
 	for (; swaps < SWAPS; rounds++) {
 		size_t first = (size_t)random() % PAGES, n = (size_t)random() % 16 + 1;
+		size_t step = (size_t)random() % 2 + 1;
 
-		if (n > PAGES - first)
-			n = PAGES - first;
+		if (first + step > PAGES)
+			step = 1;
+		if (n * step > PAGES - first)
+			n = (PAGES - first) / step;
 		if (slot + n > SLOTS)
 			slot = 1;
 		if (!is_slot_used(slot, n))
-			swaps += replace_run(first, n, slot);
+			swaps += replace_run(first, n, step, slot);
 		slot += n;
 		racing_serve(&racing);
 		if (rounds % 64 == 0)

@@ -106,6 +106,44 @@ static void protected_pages(void)
 	close(store);
 }
 
+/* Runs that are replaced together, with one of every kind among them. */
+static void pieces(void)
+{
+	uint8_t *shadow, *data = map_arena(&pager, N, &shadow), outcomes[N];
+	struct sp_piece some[] = {{.address = at(data, 1), .n = 2},
+				  {.address = at(data, 4), .n = 3},
+				  {.address = at(data, 8), .n = 1},
+				  {.address = at(data, 10), .n = 2},
+				  {.address = at(data, 14), .n = 1}};
+	static const uint8_t page_of[] = {1, 2, 4, 5, 6, 8, 10, 11, 14};
+	int store = make_store(10);
+
+	for (size_t i = 0; i < N; i++)
+		memset(at(data, i), 'a' + (int)i, SP_PAGE_SIZE);
+	for (size_t i = 0; i < sizeof(page_of); i++)
+		write_slot(store, i + 1, at(data, page_of[i]));
+	at(data, 5)[4095] = 'X';
+	CHECK(mprotect(at(data, 8), SP_PAGE_SIZE, PROT_READ) == 0);
+	CHECK(madvise(at(data, 11), SP_PAGE_SIZE, MADV_DONTNEED) == 0);
+	CHECK(munmap(at(data, 14), SP_PAGE_SIZE) == 0);
+	sp_pager_replace_pieces(&pager, some, 5, store, 1, outcomes);
+	for (size_t i = 0; i < sizeof(page_of); i++) {
+		uint8_t page = page_of[i], wanted = page == 5 ? WIRE_DIFFERS : page == 11 ? WIRE_ABSENT
+				: page == 8 || page == 14 ? WIRE_UNSUPPORTED : WIRE_MERGED;
+
+		CHECK(outcomes[i] == wanted);
+		CHECK(sp_pagemap_is_shared(entry(at(data, page))) == (wanted == WIRE_MERGED));
+	}
+	for (size_t i = 0; i < N; i++)
+		CHECK(i == 11 || i == 14 || (at(data, i)[0] == 'a' + (int)i && at(data, i)[1] == 'a' + (int)i));
+	CHECK(at(data, 5)[4095] == 'X' && at(data, 11)[0] == 0);
+	at(data, 5)[1] = at(data, 7)[1] = at(data, 11)[1] = '!'; /* what is private is nobody's to wait for */
+	CHECK(sp_pager_restore(&pager, at(data, 4), at(shadow, 4), 1, store, 3) == 0);
+	CHECK(at(data, 4)[9] == 'e');
+	unmap_arena(data, shadow, N);
+	close(store);
+}
+
 static void fill(void)
 {
 	uint8_t *shadow, *data = map_arena(&pager, 4, &shadow), *bytes = map_pages(4), outcomes[4];
@@ -155,6 +193,7 @@ int main(void)
 	replace_and_restore();
 	zero_pages();
 	protected_pages();
+	pieces();
 	fill();
 	filled_side_memory();
 	stop_pager(&pager, &faults, &mailbox);
