@@ -51,6 +51,8 @@ class FakeArena:
         self.absent = np.zeros(len(data), np.bool_)
         self.poisoned = np.zeros(len(data), np.bool_)
         self.away: dict[int, bytes] = {}
+        self.frozen = False
+        self.left = bytes(16)
         self.lock = 0
         self.store = -1
 
@@ -177,6 +179,7 @@ class FakeMergingAgent:
             name=arena.name,
             domain=arena.domain,
             away=away.size,
+            left=arena.left,
         )
         payload = wire.pack_arena_open(wanted, self._version)
         passed = arena.store if fd is None else fd
@@ -249,8 +252,11 @@ class FakeMergingAgent:
     def write(self, arena: FakeArena, page: int, data: bytes, count: int = 1) -> None:
         """Write to the start of pages as the application does; shared ones are restored first."""
         shared = bool(arena.slots[page : page + count].any())
+        waits = shared or bool(arena.absent[page : page + count].any())
+        assert not (arena.frozen and waits), "the writer would have to wait"
         for number in range(page, page + count):
             arena.take_back(number)
+            arena.absent[number] = False
             arena.data[number, : len(data)] = np.frombuffer(data, np.uint8)
         if shared and self._sock is not None:
             self.send(wire.Type.RESTORED, arena.number, wire.PAGE_RANGE.pack(page, count))
@@ -345,6 +351,11 @@ class FakeMergingAgent:
             self._done(order, 0)
         elif order.type is wire.Type.REPLACE:
             self._done(order, 0, self.lie(self.replace(arena, order)))
+        elif order.type is wire.Type.FREEZE:
+            arena.frozen = wire.unpack(wire.FREEZE, order) != (0,)
+            self._done(order, 0)
+        elif order.type is wire.Type.LEAVE:
+            self._done(order, self._leave(arena, order.payload))
         elif order.type in _AWAY_ORDERS:
             self._done(order, 0, self.lie(self.obey_away(arena, order)))
         else:
@@ -353,6 +364,16 @@ class FakeMergingAgent:
                 arena.take_back(number)
             self.send(wire.Type.RESTORED, arena.number, order.payload)
             self._done(order, 0)
+
+    def _leave(self, arena: FakeArena, snapshot: bytes) -> int:
+        if not arena.frozen:
+            return errno.EBUSY
+        arena.frozen = False
+        arena.left = snapshot
+        arena.slots[:] = 0
+        arena.poisoned[:] = True
+        arena.away.clear()
+        return 0
 
     def _read(self, arena: FakeArena, order: wire.Message) -> None:
         ranges = wire.unpack_records(wire.RANGE, order).tolist()
@@ -472,7 +493,14 @@ class FakeMergingAgent:
 
 
 _AWAY_ORDERS = frozenset({wire.Type.AWAY, wire.Type.EVICT, wire.Type.FILL, wire.Type.POISON})
-_ORDERS = _AWAY_ORDERS | {wire.Type.READ, wire.Type.REPLACE, wire.Type.RESTORE, wire.Type.COUNT}
+_ORDERS = _AWAY_ORDERS | {
+    wire.Type.READ,
+    wire.Type.REPLACE,
+    wire.Type.RESTORE,
+    wire.Type.COUNT,
+    wire.Type.FREEZE,
+    wire.Type.LEAVE,
+}
 
 
 def _resolve(future: asyncio.Future[None]) -> None:

@@ -29,6 +29,7 @@ from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local, deposit
 from samepage_merger.cluster.locator import Locator
 from samepage_merger.cluster.pages import PagesServicer
+from samepage_merger.cluster.snapshots import Snapshots
 
 DOMAIN_ID = secrets.domain_id(SECRET, DOMAIN)
 SEED = secrets.domain_seed(SECRET, DOMAIN)
@@ -77,8 +78,11 @@ class PagesHost(MergerHost):
         self.local = Local(self._locator, self.promoter)
         self.hosts = Hosts(self.name, self._index)
         self.fetcher = Fetcher(self.hosts)
+        self.snapshots = Snapshots(
+            self.domains, self.orders, self.promoter, self.local, self.fetcher
+        )
         self.servicer = PagesServicer(  # type: ignore[abstract]
-            self.domains, self.local
+            self.domains, self.local, self.snapshots
         )
         self.server, self.address = await serve(
             lambda server: pages_pb2_grpc.add_PagesServicer_to_server(self.servicer, server)

@@ -89,6 +89,8 @@ class Arena:
         away: its pages whose bytes are not on this host.
         previous_away: those that were away before it began to announce itself again.
         left: the snapshot with which it was left to another host; zeros when it was not.
+        frozen_until: its writers were stopped until then, by the monotonic clock.
+        leaving: on which connection an order to leave it was not answered yet.
         holds, pins: of orders in flight on its connection.
         stale_holds, stale_pins: of orders whose connection ended before the answer.
         promoting: held while pages of it are given slots.
@@ -107,6 +109,8 @@ class Arena:
     previous: list[PageMap] = field(default_factory=list)
     previous_away: list[AwayMap] = field(default_factory=list)
     left: bytes = bytes(16)
+    frozen_until: float = 0.0
+    leaving: Session | None = None
     holds: set[int] = field(default_factory=set)
     stale_holds: set[int] = field(default_factory=set)
     pins: set[int] = field(default_factory=set)
@@ -306,6 +310,12 @@ class Domain:
         self.restored += pages.size
         self.free(self.books.unmap(arena.map, pages))
 
+    def leave(self, arena: Arena, snapshot: bytes) -> None:
+        """The arena was left to another host, with that snapshot: it has no bytes any more."""
+        arena.left = snapshot
+        arena.away.clear()
+        self.free(self.books.unmap(arena.map, arena.map.mapped()))
+
     def close(self, arena: Arena) -> None:
         """The arena maps no slot any more; orders in flight keep their holds."""
         self._drop_maps(arena)
@@ -420,6 +430,10 @@ class Domains:
         """Whether a process of this host has the arena with this lock."""
         domain = self._domains.get(domain_id)
         return domain is not None and domain.locks.held(lock)
+
+    def seed(self, domain: Domain) -> int:
+        """The seed of a domain's fingerprints; its name must be known."""
+        return secrets.domain_seed(self._secret, domain.name)
 
     def arenas(self) -> Iterator[Arena]:
         """All arenas that have a name, those in limbo too."""

@@ -27,13 +27,7 @@ _STALL_SECONDS = [8e-6 * 2**bucket for bucket in range(wire.STALL_BUCKETS - 1)]
 
 
 def collect(
-    domains: Domains,
-    stores: StoreDirectory,
-    agents: Agents,
-    engine: MergeEngine,
-    hosts: Hosts,
-    fetcher: Fetcher,
-    pages: PagesServicer,
+    domains: Domains, stores: StoreDirectory, agents: Agents, engine: MergeEngine
 ) -> Iterable[Metric]:
     """Return what there is to tell now."""
     yield from _agents(domains, agents)
@@ -44,7 +38,6 @@ def collect(
         stores.limit_bytes,
     )
     yield from _work(list(domains), agents, engine)
-    yield from _cluster(list(domains), hosts, fetcher, pages)
 
 
 def _agents(domains: Domains, agents: Agents) -> Iterable[Metric]:
@@ -134,9 +127,10 @@ def _work(domains: list[Domain], agents: Agents, engine: MergeEngine) -> Iterabl
     )
 
 
-def _cluster(
-    domains: list[Domain], hosts: Hosts, fetcher: Fetcher, pages: PagesServicer
+def collect_cluster(
+    domains: Domains, hosts: Hosts, fetcher: Fetcher, pages: PagesServicer
 ) -> Iterable[Metric]:
+    """Return what there is to tell of pages that cross hosts."""
     yield gauge(
         "samepage_merger_held_pages",
         "Pages that are held for other hosts, each as often as it is held.",

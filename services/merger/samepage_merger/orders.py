@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -40,7 +41,8 @@ Keep = Callable[[int, Outcomes, memoryview], None]
 
 
 class _FailedError(Exception):
-    """The order has no outcomes; `args[0]` is the outcome of all its pages."""
+    """The order has no outcomes; `args` are the outcome of all its pages, and the agent's errno if
+    it gave one."""
 
 
 class Orders:
@@ -121,7 +123,9 @@ class Orders:
 
     async def fill(self, arena: Arena, pages: Int64s, data: Bytes) -> Outcomes:
         """Give at most READ_PAGES_MAX away pages (ascending, each once) their bytes; BUSY where one
-        was not away, or the agent did not answer."""
+        was not away, the agent did not answer, or nobody may write the arena now."""
+        if arena.frozen_until > time.monotonic():
+            return np.full(pages.size, Outcome.BUSY, np.uint8)
         return await self._send_data(arena, wire.Type.FILL, pages, data)
 
     async def poison(self, arena: Arena, pages: Int64s) -> Outcomes:
@@ -143,6 +147,42 @@ class Orders:
                 *(self._restore_range(arena, start, size) for start, size in some)
             )
         return np.concatenate(outcomes)
+
+    async def freeze(self, arena: Arena, milliseconds: int) -> int:
+        """Stop the writers of an arena for so long at most, 0 to let them go on; MERGED when the
+        agent did it."""
+        session = arena.session
+        if session is None:
+            return GONE
+        if session.peer.version < wire.SINCE[wire.Type.FREEZE]:
+            return Outcome.UNSUPPORTED
+        try:
+            await self._send(arena, wire.Type.FREEZE, wire.FREEZE.pack(milliseconds), 0)
+        except _FailedError as failed:
+            outcome: int = failed.args[0]
+            return outcome
+        return Outcome.MERGED
+
+    async def leave(self, arena: Arena, snapshot: bytes) -> bool | None:
+        """Leave a frozen arena to another host; False where it was not frozen any more, and stays,
+        None where the agent did not say."""
+        session = arena.session
+        if session is None or arena.leaving is session:
+            return None
+        arena.leaving = session
+
+        def apply(outcomes: Outcomes) -> None:
+            arena.leaving = None
+            arena.domain.leave(arena, snapshot)
+
+        def undone() -> None:
+            arena.leaving = None
+
+        try:
+            await self._send(arena, wire.Type.LEAVE, snapshot, 0, apply=apply, undone=undone)
+        except _FailedError as failed:
+            return False if errno.EBUSY in failed.args[1:] else None
+        return True
 
     async def count_absent(self, arena: Arena) -> int | None:
         """Ask how many pages take no memory; None when the agent does not say."""
@@ -277,7 +317,8 @@ class Orders:
         except PeerGoneError as error:
             raise _FailedError(GONE) from error
         except OrderRefusedError as error:
-            raise _FailedError(_OUTCOME_OF_ERRNO.get(error.args[0], Outcome.BUSY)) from error
+            outcome = _OUTCOME_OF_ERRNO.get(error.args[0], Outcome.BUSY)
+            raise _FailedError(outcome, error.args[0]) from error
 
 
 _OUTCOME_OF_ERRNO = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import gc
 import os
 import resource
@@ -37,6 +36,7 @@ from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.locator import Locator
 from samepage_merger.cluster.pages import PagesServicer
 from samepage_merger.cluster.promoting import Promoter
+from samepage_merger.cluster.snapshots import Snapshots
 from samepage_merger.config import Config
 from samepage_merger.domains import Domains
 from samepage_merger.headroom import Headroom
@@ -132,10 +132,10 @@ class MergerService:
         self._locator = Locator(config.scanner_target, agents.find)
         self._hosts = Hosts(config.node_name, config.index, Tls.of(config.tls_files))
         fetcher = Fetcher(self._hosts)
-        local = Local(self._locator, Promoter(orders))
-        self._pages = PagesServicer(  # type: ignore[abstract]
-            domains, local
-        )
+        promoter = Promoter(orders)
+        local = Local(self._locator, promoter)
+        snapshots = Snapshots(domains, orders, promoter, local, fetcher)
+        self._pages = PagesServicer(domains, local, snapshots)  # type: ignore[abstract]
         journal = Journal(config.store_path)
         self._handovers = HandOvers(self._hosts, journal, domains)
         agents.clones = self._clones = Clones(
@@ -149,8 +149,10 @@ class MergerService:
             self._handovers,
         )
         self._handovers.start()
-        self._collect = functools.partial(
-            metrics.collect, domains, stores, agents, engine, self._hosts, fetcher, self._pages
+        hosts, pages = self._hosts, self._pages
+        self._collect = lambda: (
+            *metrics.collect(domains, stores, agents, engine),
+            *metrics.collect_cluster(domains, hosts, fetcher, pages),
         )
         self._start_peers(agents)
         self._janitor = asyncio.ensure_future(janitor.run_forever())

@@ -29,6 +29,7 @@ ARENA_OPEN_V2 = struct.Struct("<QQIHH")
 ARENA_OPENED = struct.Struct("<Q")
 PAGE_RANGE = struct.Struct("<QQ")
 REPLACE = struct.Struct("<II")
+FREEZE = struct.Struct("<I")
 CHANGED = struct.Struct("<QQ")
 STALL_BUCKETS = 16
 STALLS = struct.Struct(f"<{STALL_BUCKETS}Q")

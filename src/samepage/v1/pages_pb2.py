@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/pages.proto\x12\x0bsamepage.v1\"H\n\x0c\x46\x65tchRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"-\n\rFetchResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x0c\"i\n\x0fSnapshotRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\"\x81\x01\n\x10SnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x05 \x01(\x0c\x12\x0e\n\x06sealed\x18\x06 \x01(\x08\"=\n\x12\x45ndSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nkeep_holds\x18\x02 \x01(\x08\"\x15\n\x13\x45ndSnapshotResponse\":\n\rFreezeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\r\"#\n\x0cLeaveRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\"\x1d\n\rLeaveResponse\x12\x0c\n\x04left\x18\x01 \x01(\x08\"h\n\x0bHoldRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\"\x1c\n\x0cHoldResponse\x12\x0c\n\x04held\x18\x01 \x01(\x0c\"/\n\x0cRenewRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\x1e\n\rRenewResponse\x12\r\n\x05holds\x18\x01 \x01(\x04\"C\n\x0eReleaseRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"\x11\n\x0fReleaseResponse\"B\n\x0cLetGoRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"\x1f\n\rLetGoResponse\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x0c\x32\xf2\x04\n\x05Pages\x12\x42\n\x05\x46\x65tch\x12\x19.samepage.v1.FetchRequest\x1a\x1a.samepage.v1.FetchResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1c.samepage.v1.SnapshotRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12P\n\x0b\x45ndSnapshot\x12\x1f.samepage.v1.EndSnapshotRequest\x1a .samepage.v1.EndSnapshotResponse\x12\x45\n\x06\x46reeze\x12\x1a.samepage.v1.FreezeRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Leave\x12\x19.samepage.v1.LeaveRequest\x1a\x1a.samepage.v1.LeaveResponse\x12;\n\x04Hold\x12\x18.samepage.v1.HoldRequest\x1a\x19.samepage.v1.HoldResponse\x12>\n\x05Renew\x12\x19.samepage.v1.RenewRequest\x1a\x1a.samepage.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.samepage.v1.ReleaseRequest\x1a\x1c.samepage.v1.ReleaseResponse\x12>\n\x05LetGo\x12\x19.samepage.v1.LetGoRequest\x1a\x1a.samepage.v1.LetGoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/pages.proto\x12\x0bsamepage.v1\"H\n\x0c\x46\x65tchRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"-\n\rFetchResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x0c\"i\n\x0fSnapshotRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\"\x81\x01\n\x10SnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x05 \x01(\x0c\x12\x0e\n\x06sealed\x18\x06 \x01(\x08\"=\n\x12\x45ndSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nkeep_holds\x18\x02 \x01(\x08\"\x15\n\x13\x45ndSnapshotResponse\":\n\rFreezeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\r\"#\n\x0cLeaveRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\"\x1d\n\rLeaveResponse\x12\x0c\n\x04left\x18\x01 \x01(\x08\"h\n\x0bHoldRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\"\x1c\n\x0cHoldResponse\x12\x0c\n\x04held\x18\x01 \x01(\x0c\"E\n\x0cRenewRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x14\n\x0csnapshot_ids\x18\x03 \x03(\x0c\"\x1e\n\rRenewResponse\x12\r\n\x05holds\x18\x01 \x01(\x04\"C\n\x0eReleaseRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"\x11\n\x0fReleaseResponse\"B\n\x0cLetGoRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"\x1f\n\rLetGoResponse\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x0c\x32\xf2\x04\n\x05Pages\x12\x42\n\x05\x46\x65tch\x12\x19.samepage.v1.FetchRequest\x1a\x1a.samepage.v1.FetchResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1c.samepage.v1.SnapshotRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12P\n\x0b\x45ndSnapshot\x12\x1f.samepage.v1.EndSnapshotRequest\x1a .samepage.v1.EndSnapshotResponse\x12\x45\n\x06\x46reeze\x12\x1a.samepage.v1.FreezeRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Leave\x12\x19.samepage.v1.LeaveRequest\x1a\x1a.samepage.v1.LeaveResponse\x12;\n\x04Hold\x12\x18.samepage.v1.HoldRequest\x1a\x19.samepage.v1.HoldResponse\x12>\n\x05Renew\x12\x19.samepage.v1.RenewRequest\x1a\x1a.samepage.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.samepage.v1.ReleaseRequest\x1a\x1c.samepage.v1.ReleaseResponse\x12>\n\x05LetGo\x12\x19.samepage.v1.LetGoRequest\x1a\x1a.samepage.v1.LetGoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -54,17 +54,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HOLDRESPONSE']._serialized_start=720
   _globals['_HOLDRESPONSE']._serialized_end=748
   _globals['_RENEWREQUEST']._serialized_start=750
-  _globals['_RENEWREQUEST']._serialized_end=797
-  _globals['_RENEWRESPONSE']._serialized_start=799
-  _globals['_RENEWRESPONSE']._serialized_end=829
-  _globals['_RELEASEREQUEST']._serialized_start=831
-  _globals['_RELEASEREQUEST']._serialized_end=898
-  _globals['_RELEASERESPONSE']._serialized_start=900
-  _globals['_RELEASERESPONSE']._serialized_end=917
-  _globals['_LETGOREQUEST']._serialized_start=919
-  _globals['_LETGOREQUEST']._serialized_end=985
-  _globals['_LETGORESPONSE']._serialized_start=987
-  _globals['_LETGORESPONSE']._serialized_end=1018
-  _globals['_PAGES']._serialized_start=1021
-  _globals['_PAGES']._serialized_end=1647
+  _globals['_RENEWREQUEST']._serialized_end=819
+  _globals['_RENEWRESPONSE']._serialized_start=821
+  _globals['_RENEWRESPONSE']._serialized_end=851
+  _globals['_RELEASEREQUEST']._serialized_start=853
+  _globals['_RELEASEREQUEST']._serialized_end=920
+  _globals['_RELEASERESPONSE']._serialized_start=922
+  _globals['_RELEASERESPONSE']._serialized_end=939
+  _globals['_LETGOREQUEST']._serialized_start=941
+  _globals['_LETGOREQUEST']._serialized_end=1007
+  _globals['_LETGORESPONSE']._serialized_start=1009
+  _globals['_LETGORESPONSE']._serialized_end=1040
+  _globals['_PAGES']._serialized_start=1043
+  _globals['_PAGES']._serialized_end=1669
 # @@protoc_insertion_point(module_scope)

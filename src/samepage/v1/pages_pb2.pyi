@@ -5,8 +5,10 @@ Pages between hosts: what a merger does for the mergers of other hosts, and for 
 (docs/cluster.md). Served at the merger's gRPC address.
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -106,7 +108,7 @@ Global___SnapshotRequest: _TypeAlias = SnapshotRequest  # noqa: Y015
 
 @_typing.final
 class SnapshotResponse(_message.Message):
-    """A stretch of pages, ascending over the responses. The first response may tell of none."""
+    """A stretch of pages, ascending over the responses. The first response tells of none."""
 
     DESCRIPTOR: _descriptor.Descriptor
 
@@ -305,17 +307,23 @@ class RenewRequest(_message.Message):
 
     OWNER_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    SNAPSHOT_IDS_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     lease_ms: _builtins.int
+    @_builtins.property
+    def snapshot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """16 bytes each; those that are not known are no error."""
+
     def __init__(
         self,
         *,
         owner: _builtins.str = ...,
         lease_ms: _builtins.int = ...,
+        snapshot_ids: _abc.Iterable[_builtins.bytes] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "owner", b"owner", "snapshot_ids", b"snapshot_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -327,7 +335,7 @@ class RenewResponse(_message.Message):
 
     HOLDS_FIELD_NUMBER: _builtins.int
     holds: _builtins.int
-    """How many digests are held for the owner; when that is not what it thinks, it asks with Hold."""
+    """How many pages Hold granted to the owner that are still held; when that is not what it thinks, it asks with Hold."""
     def __init__(
         self,
         *,

@@ -98,8 +98,8 @@ class PagesServicer:
 
     def Fetch(self, request_iterator, context):
         """Send pages: one response a request, in order. A page is found by its digest among what is
-        held, and by its fingerprint among what the host's arenas have; what is sent was not checked,
-        the receiver does that.
+        held, and by its fingerprint among what the host's arenas have, which is checked then; the
+        receiver checks it all again.
         Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -157,7 +157,8 @@ class PagesServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Renew(self, request, context):
-        """Extend the lease of all that is held for the caller. Errors: INVALID_ARGUMENT.
+        """Extend the lease of all that Hold granted to the caller, and those of its snapshots that are
+        named. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (no room to note it).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

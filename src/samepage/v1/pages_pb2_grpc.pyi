@@ -43,8 +43,8 @@ class PagesStub:
     def __new__(cls, channel: _aio.Channel) -> PagesAsyncStub: ...
     Fetch: _grpc.StreamStreamMultiCallable[_pages_pb2.FetchRequest, _pages_pb2.FetchResponse]
     """Send pages: one response a request, in order. A page is found by its digest among what is
-    held, and by its fingerprint among what the host's arenas have; what is sent was not checked,
-    the receiver does that.
+    held, and by its fingerprint among what the host's arenas have, which is checked then; the
+    receiver checks it all again.
     Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
     """
     Snapshot: _grpc.UnaryStreamMultiCallable[_pages_pb2.SnapshotRequest, _pages_pb2.SnapshotResponse]
@@ -78,7 +78,9 @@ class PagesStub:
     4096 pages).
     """
     Renew: _grpc.UnaryUnaryMultiCallable[_pages_pb2.RenewRequest, _pages_pb2.RenewResponse]
-    """Extend the lease of all that is held for the caller. Errors: INVALID_ARGUMENT."""
+    """Extend the lease of all that Hold granted to the caller, and those of its snapshots that are
+    named. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (no room to note it).
+    """
     Release: _grpc.UnaryUnaryMultiCallable[_pages_pb2.ReleaseRequest, _pages_pb2.ReleaseResponse]
     """Hold pages no longer. Those that are not held are no error."""
     LetGo: _grpc.UnaryUnaryMultiCallable[_pages_pb2.LetGoRequest, _pages_pb2.LetGoResponse]
@@ -99,8 +101,8 @@ class PagesAsyncStub(PagesStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Fetch: _aio.StreamStreamMultiCallable[_pages_pb2.FetchRequest, _pages_pb2.FetchResponse]  # type: ignore[assignment]
     """Send pages: one response a request, in order. A page is found by its digest among what is
-    held, and by its fingerprint among what the host's arenas have; what is sent was not checked,
-    the receiver does that.
+    held, and by its fingerprint among what the host's arenas have, which is checked then; the
+    receiver checks it all again.
     Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
     """
     Snapshot: _aio.UnaryStreamMultiCallable[_pages_pb2.SnapshotRequest, _pages_pb2.SnapshotResponse]  # type: ignore[assignment]
@@ -134,7 +136,9 @@ class PagesAsyncStub(PagesStub):
     4096 pages).
     """
     Renew: _aio.UnaryUnaryMultiCallable[_pages_pb2.RenewRequest, _pages_pb2.RenewResponse]  # type: ignore[assignment]
-    """Extend the lease of all that is held for the caller. Errors: INVALID_ARGUMENT."""
+    """Extend the lease of all that Hold granted to the caller, and those of its snapshots that are
+    named. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (no room to note it).
+    """
     Release: _aio.UnaryUnaryMultiCallable[_pages_pb2.ReleaseRequest, _pages_pb2.ReleaseResponse]  # type: ignore[assignment]
     """Hold pages no longer. Those that are not held are no error."""
     LetGo: _aio.UnaryUnaryMultiCallable[_pages_pb2.LetGoRequest, _pages_pb2.LetGoResponse]  # type: ignore[assignment]
@@ -158,8 +162,8 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_pages_pb2.FetchResponse], _abc.AsyncIterator[_pages_pb2.FetchResponse]]:
         """Send pages: one response a request, in order. A page is found by its digest among what is
-        held, and by its fingerprint among what the host's arenas have; what is sent was not checked,
-        the receiver does that.
+        held, and by its fingerprint among what the host's arenas have, which is checked then; the
+        receiver checks it all again.
         Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
         """
 
@@ -229,7 +233,9 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         request: _pages_pb2.RenewRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_pages_pb2.RenewResponse, _abc.Awaitable[_pages_pb2.RenewResponse]]:
-        """Extend the lease of all that is held for the caller. Errors: INVALID_ARGUMENT."""
+        """Extend the lease of all that Hold granted to the caller, and those of its snapshots that are
+        named. Errors: INVALID_ARGUMENT, RESOURCE_EXHAUSTED (no room to note it).
+        """
 
     @_abc_1.abstractmethod
     def Release(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 from collections.abc import AsyncIterator
 from typing import Any, NoReturn
@@ -23,6 +24,16 @@ from samepage_merger.cluster.digests import (
 )
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
+from samepage_merger.cluster.snapshots import (
+    FREEZE_MS_MAX,
+    NoAnswerError,
+    NoArenaError,
+    NotPossibleError,
+    Snapshot,
+    Snapshots,
+    Stretch,
+    TooLateError,
+)
 from samepage_merger.domains import Domains
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.store import StoreFullError
@@ -39,6 +50,18 @@ class BadRequestError(Exception):
     """INVALID_ARGUMENT, and why."""
 
 
+_FULL = "the store has no room for it: free some memory, or raise store_limit_bytes"
+_STATUS: dict[type[Exception], grpc.StatusCode] = {
+    BadRequestError: grpc.StatusCode.INVALID_ARGUMENT,
+    NoArenaError: grpc.StatusCode.NOT_FOUND,
+    NoAnswerError: grpc.StatusCode.UNAVAILABLE,
+    NotPossibleError: grpc.StatusCode.FAILED_PRECONDITION,
+    TooLateError: grpc.StatusCode.DEADLINE_EXCEEDED,
+    StoreFullError: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+_ERRORS = tuple(_STATUS)
+
+
 class PagesServicer(pages_pb2_grpc.PagesServicer):
     """Serves samepage.v1.Pages.
 
@@ -46,9 +69,10 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         sent: pages sent so far.
     """
 
-    def __init__(self, domains: Domains, local: Local) -> None:
+    def __init__(self, domains: Domains, local: Local, snapshots: Snapshots) -> None:
         self._domains = domains
         self._local = local
+        self._snapshots = snapshots
         self._streams: set[asyncio.Task[Any]] = set()
         self.sent = 0
 
@@ -124,13 +148,15 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         holds = 0
         for domain in self._domains:
             lease = domain.holds.lease(owner)
-            if lease is not None:
-                try:
+            try:
+                if lease is not None:
                     domain.holds.extend(owner, seconds)
-                except StoreFullError:
-                    text = "the store has no room to note it: free some memory"
-                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, text)
-                holds += len(lease.slots)
+                    holds += len(lease.slots)
+                for number in request.snapshot_ids:
+                    if (snapshot := domain.holds.lease(owner, number)) is not None:
+                        domain.holds.extend(owner, seconds, snapshot.snapshot)
+            except StoreFullError:
+                await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, _FULL)
         return pages_pb2.RenewResponse(holds=holds)
 
     async def Release(
@@ -152,6 +178,77 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             domain.holds.release(lease, slots[good])
         return pages_pb2.ReleaseResponse()
 
+    async def Snapshot(
+        self, request: pages_pb2.SnapshotRequest, context: Context
+    ) -> AsyncIterator[pages_pb2.SnapshotResponse]:
+        """Freeze the bytes of an arena, page by page, and tell of them."""
+        try:
+            owner, seconds = _owner(request.owner), _lease(request.lease_ms)
+            if request.snapshot_id:
+                snapshot = self._snapshots.find(request.snapshot_id, seconds)
+            else:
+                _check_domain(request.domain_id)
+                snapshot = self._snapshots.begin(request.domain_id, request.arena, owner, seconds)
+            async with contextlib.aclosing(self._snapshots.tell(snapshot)) as stretches:
+                async for response in _responses(snapshot, stretches):
+                    yield response
+        except _ERRORS as error:
+            await _abort_for(context, error)
+
+    async def Freeze(
+        self, request: pages_pb2.FreezeRequest, context: Context
+    ) -> AsyncIterator[pages_pb2.SnapshotResponse]:
+        """Stop an arena's writers, and tell what they wrote."""
+        try:
+            if not 1 <= request.milliseconds <= FREEZE_MS_MAX:
+                raise BadRequestError(f"milliseconds must be 1 to {FREEZE_MS_MAX}")
+            snapshot = self._snapshots.find(request.snapshot_id)
+            frozen = self._snapshots.freeze(snapshot, request.milliseconds)
+            async with contextlib.aclosing(frozen) as stretches:
+                async for response in _responses(snapshot, stretches):
+                    yield response
+        except _ERRORS as error:
+            await _abort_for(context, error)
+
+    async def Leave(
+        self, request: pages_pb2.LeaveRequest, context: Context
+    ) -> pages_pb2.LeaveResponse:
+        """Let go of a frozen arena for good."""
+        try:
+            left = await self._snapshots.leave(request.snapshot_id)
+        except _ERRORS as error:
+            await _abort_for(context, error)
+        return pages_pb2.LeaveResponse(left=left)
+
+    async def EndSnapshot(
+        self, request: pages_pb2.EndSnapshotRequest, context: Context
+    ) -> pages_pb2.EndSnapshotResponse:
+        """Hold nothing of a snapshot any more, or what it holds for its owner."""
+        try:
+            await self._snapshots.end(request.snapshot_id, request.keep_holds)
+        except _ERRORS as error:
+            await _abort_for(context, error)
+        return pages_pb2.EndSnapshotResponse()
+
+
+async def _responses(
+    snapshot: Snapshot, stretches: AsyncIterator[Stretch]
+) -> AsyncIterator[pages_pb2.SnapshotResponse]:
+    yield pages_pb2.SnapshotResponse(snapshot_id=snapshot.id, pages=snapshot.arena.pages)
+    async for stretch in stretches:
+        yield pages_pb2.SnapshotResponse(
+            snapshot_id=snapshot.id,
+            pages=snapshot.arena.pages,
+            first_page=stretch.first_page,
+            digests=stretch.digests.tobytes(),
+            fingerprints=stretch.fingerprints.tobytes(),
+        )
+
+
+def _check_domain(domain_id: bytes) -> None:
+    if len(domain_id) != DOMAIN_ID_BYTES:
+        raise BadRequestError(f"domain_id has {len(domain_id)} bytes instead of {DOMAIN_ID_BYTES}")
+
 
 def _checked(
     domain_id: bytes, digests: bytes, fingerprints: bytes, most: int
@@ -161,8 +258,7 @@ def _checked(
     Raises:
         BadRequestError: a length is wrong.
     """
-    if len(domain_id) != DOMAIN_ID_BYTES:
-        raise BadRequestError(f"domain_id has {len(domain_id)} bytes instead of {DOMAIN_ID_BYTES}")
+    _check_domain(domain_id)
     count, rest = divmod(len(digests), DIGEST_BYTES)
     if rest or not 1 <= count <= most:
         raise BadRequestError(
@@ -190,4 +286,9 @@ def _lease(lease_ms: int) -> float:
 
 async def _abort(context: Context, text: str) -> NoReturn:
     await context.abort(grpc.StatusCode.INVALID_ARGUMENT, text)
+    raise AssertionError("abort() raises")
+
+
+async def _abort_for(context: Context, error: Exception) -> NoReturn:
+    await context.abort(_STATUS[type(error)], str(error) or _FULL)
     raise AssertionError("abort() raises")

@@ -1,0 +1,447 @@
+"""Snapshots of arenas for other hosts, and the end of a migration (docs/cluster.md).
+
+Theory. A snapshot remembers of each page in which slot the bytes are that its owner was told of,
+and holds those slots. A page that still maps that slot was not written since; one that maps another
+was. A private page may be written at any time without a word, so each round looks at all of them:
+it reads them, gives them slots and has the arena map these. What cannot be mapped (pinned for I/O,
+or no mapping is left) has its copy in a slot all the same, and is looked at again in every round;
+so is a page that is absent, since nobody says when it is touched first.
+
+Freezing stops writes to shared pages and touches of absent ones, so when every page is one or the
+other, nobody can write. That is what Leave rests on, and it is the agent that decides: it leaves
+only while it is frozen. Whether it has left is known from its answer, from what it announces after
+a broken connection, or from its lock being gone, and its process with it; until then nobody says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import dataclass, field
+
+import numpy as np
+import structlog
+
+from samepage.daemon.peers import Outcomes
+from samepage.daemon.wire import Outcome
+from samepage_merger.cluster.away import Bytes, Digests, Mask, no_digests
+from samepage_merger.cluster.digests import (
+    FINGERPRINT_BYTES,
+    Fingerprints,
+    are_zero,
+    fingerprints,
+    in_thread,
+    parse_fingerprints,
+)
+from samepage_merger.cluster.fetch import Fetcher
+from samepage_merger.cluster.holds import Lease
+from samepage_merger.cluster.keys import keys_of
+from samepage_merger.cluster.local import Local, deposit
+from samepage_merger.cluster.promoting import STEP_PAGES, Promoter
+from samepage_merger.domains import Arena, Domains, State
+from samepage_merger.orders import Orders
+from samepage_merger.pagemap import PRIVATE
+from samepage_merger.runs import Indices, Int64s, join
+
+FREEZE_MS_MAX = 60_000
+
+_NEVER = 0
+_BLOCK_PAGES = 1 << 16
+_PINNED_LOOKS = 20
+_PAUSE_SECONDS = 0.002
+_LEFT_SECONDS = 86_400.0
+_NO_FINGERPRINTS = parse_fingerprints(b"")
+
+log = structlog.get_logger(__name__)
+
+
+class SnapshotError(Exception):
+    """A snapshot cannot be made, or gone on with; the text says what to do."""
+
+
+class NoArenaError(SnapshotError):
+    """There is no such arena, or no such snapshot any more."""
+
+
+class NoAnswerError(SnapshotError):
+    """The arena's process does not answer: ask again."""
+
+
+class NotPossibleError(SnapshotError):
+    """It cannot be done to this arena, as it is now."""
+
+
+class TooLateError(SnapshotError):
+    """There was not time enough."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stretch:
+    """Consecutive pages of an arena, as the owner is told of them."""
+
+    first_page: int
+    digests: Digests
+    fingerprints: Fingerprints
+
+
+@dataclass(eq=False)
+class Snapshot:
+    """One snapshot.
+
+    Attributes:
+        lease: what is held for it.
+        told: of each page, 1 + the slot that has the bytes that the owner was told of (1 for
+            zeros), or _NEVER.
+        turn: held by the round that is under way.
+    """
+
+    id: bytes
+    arena: Arena
+    lease: Lease
+    told: Int64s
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What some pages were found to hold.
+
+    Attributes:
+        slots: that have their bytes; PRIVATE for zeros.
+        loose: of pages that can still be written unnoticed, why.
+    """
+
+    pages: Int64s
+    digests: Digests
+    fingerprints: Fingerprints
+    slots: Int64s
+    mapped: Mask
+    loose: Outcomes
+
+
+class Snapshots:
+    """All snapshots of this host's arenas.
+
+    Args:
+        local, fetcher: bring back pages that are away.
+    """
+
+    def __init__(
+        self, domains: Domains, orders: Orders, promoter: Promoter, local: Local, fetcher: Fetcher
+    ) -> None:
+        self._domains = domains
+        self._orders = orders
+        self._promoter = promoter
+        self._local = local
+        self._fetcher = fetcher
+        self._snapshots: dict[bytes, Snapshot] = {}
+
+    def begin(self, domain_id: bytes, name: str, owner: str, seconds: float) -> Snapshot:
+        """Return a new snapshot of an arena; nothing of it is frozen yet.
+
+        Raises:
+            NoArenaError, NoAnswerError: there is none, or its process is away.
+            StoreFullError: there is no room to note it.
+        """
+        domain = self._domains.find(domain_id)
+        arena = domain.names.get(name) if domain is not None else None
+        if domain is None or arena is None or any(arena.left):
+            raise NoArenaError(f"there is no arena {name!r} of that domain on this host")
+        if arena.state is not State.OPEN:
+            raise NoAnswerError(f"the process of arena {name!r} is not connected: ask again")
+        number = os.urandom(16)
+        lease = domain.holds.extend(owner, seconds, number, arena.name, arena.lock)
+        snapshot = Snapshot(number, arena, lease, np.zeros(arena.pages, np.int64))
+        self._forget_those_that_are_over()
+        self._snapshots[number] = snapshot
+        return snapshot
+
+    def find(self, number: bytes, seconds: float = 0.0) -> Snapshot:
+        """Return a snapshot, whose lease lasts for so long from now at least.
+
+        Raises:
+            NoArenaError: there is none of that number, or not any more.
+            StoreFullError: there is no room to note it.
+        """
+        self._forget_those_that_are_over()
+        snapshot = self._snapshots.get(number)
+        if snapshot is None:
+            raise NoArenaError("there is no such snapshot, or its lease is over: begin a new one")
+        lease = snapshot.lease
+        snapshot.arena.domain.holds.extend(lease.owner, seconds, lease.snapshot)
+        return snapshot
+
+    async def tell(self, snapshot: Snapshot) -> AsyncGenerator[Stretch, None]:
+        """Yield what was written since the last time, at first everything; all of it is held.
+
+        Raises:
+            NoAnswerError: the arena's process does not answer.
+            NotPossibleError: pages are away and cannot be brought back.
+            StoreFullError: the store has no room.
+        """
+        async with snapshot.turn, aclosing(self._round(snapshot)) as stretches:
+            async for stretch in stretches:
+                yield stretch
+
+    async def freeze(self, snapshot: Snapshot, milliseconds: int) -> AsyncGenerator[Stretch, None]:
+        """Stop the writers for so long at most, and yield what was written since the last time.
+
+        Nobody can write the arena when this has ended without an error, until the time is over.
+
+        Raises:
+            As `tell`, and TooLateError, NotPossibleError: pages stay pinned for I/O.
+        """
+        arena = snapshot.arena
+        async with snapshot.turn:
+            deadline = time.monotonic() + milliseconds / 1000
+            arena.frozen_until = deadline
+            try:
+                await self._order_freeze(arena, milliseconds)
+                async with aclosing(self._round(snapshot, deadline)) as stretches:
+                    async for stretch in stretches:
+                        yield stretch
+            except BaseException:
+                arena.frozen_until = 0.0
+                await asyncio.shield(self._orders.freeze(arena, 0))
+                raise
+
+    async def leave(self, number: bytes) -> bool:
+        """Let the arena of a snapshot be left to the owner; return whether it was.
+
+        Raises:
+            NoAnswerError: that is not known yet.
+        """
+        for domain in self._domains:
+            if any(arena.left == number for arena in domain.arenas):
+                return True
+        snapshot = self._snapshots.get(number)
+        lease = snapshot.lease if snapshot is not None else self._noted(number)
+        if lease is None:
+            return self._unknown_left()
+        if snapshot is not None and snapshot.arena.state is State.OPEN:
+            async with snapshot.turn:
+                left = await self._orders.leave(snapshot.arena, number)
+            if left:
+                # Its owner may take long to hear of it, and asks again.
+                snapshot.arena.domain.holds.extend(lease.owner, _LEFT_SECONDS, number)
+            if left is not None:
+                return left
+        return self._left(lease)
+
+    async def end(self, number: bytes, keep_holds: bool) -> None:
+        """End a snapshot; one that is not known is no error.
+
+        Args:
+            keep_holds: let what it holds be held for its owner from now on.
+
+        Raises:
+            StoreFullError: there is no room to note that.
+        """
+        snapshot = self._snapshots.get(number)
+        if snapshot is not None and snapshot.arena.frozen_until > time.monotonic():
+            snapshot.arena.frozen_until = 0.0
+            await self._orders.freeze(snapshot.arena, 0)
+        for domain in self._domains:
+            lease = domain.holds.snapshot(number)
+            if lease is not None and keep_holds:
+                domain.holds.keep(lease)
+            elif lease is not None:
+                domain.holds.end(lease)
+        self._snapshots.pop(number, None)
+
+    async def _round(
+        self, snapshot: Snapshot, deadline: float | None = None
+    ) -> AsyncGenerator[Stretch, None]:
+        """Yield what changed; with a deadline, leave no page that can be written unnoticed."""
+        arena = snapshot.arena
+        for low in range(0, arena.pages, _BLOCK_PAGES):
+            block = np.arange(low, min(arena.pages, low + _BLOCK_PAGES))
+            slots = arena.map.slots(block)
+            changed = block[(slots == PRIVATE) | (slots + 1 != snapshot.told[block])]
+            for start in range(0, changed.size, STEP_PAGES):
+                pages = changed[start : start + STEP_PAGES]
+                step, told = await self._step(snapshot, pages)
+                if deadline is not None:
+                    step, told = await self._settled(snapshot, step, told, deadline)
+                for stretch in _stretches(step, told):
+                    yield stretch
+        if deadline is not None:
+            _check_time(deadline)
+
+    async def _settled(
+        self, snapshot: Snapshot, step: _Step, told: Mask, deadline: float
+    ) -> tuple[_Step, Mask]:
+        """Look at frozen pages until none of them can be written any more."""
+        for again in itertools.count():
+            _check_time(deadline)
+            if not step.loose.size:
+                break
+            if again >= _PINNED_LOOKS and not bool((step.loose == Outcome.DIFFERS).any()):
+                raise NotPossibleError(_why_loose(step.loose))
+            await asyncio.sleep(_PAUSE_SECONDS)
+            step, told_now = await self._step(snapshot, step.pages)
+            told = told | told_now
+        return step, told
+
+    async def _step(self, snapshot: Snapshot, pages: Int64s) -> tuple[_Step, Mask]:
+        """Look at pages, and hold them; return which of them the owner is to be told of."""
+        async with AsyncExitStack() as stack:
+            step = await self._look(stack, snapshot.arena, pages)
+            return step, await self._hold(snapshot, step)
+
+    async def _look(self, stack: AsyncExitStack, arena: Arena, pages: Int64s) -> _Step:
+        """Return what pages hold; its slots are not freed before the stack is unwound."""
+        if arena.state is not State.OPEN:
+            raise _no_answer(arena)
+        domain = arena.domain
+        digests = no_digests(pages.size)
+        prints = np.zeros((pages.size, FINGERPRINT_BYTES), np.uint8)
+        slots = arena.map.slots(pages)
+        mapped = slots != PRIVATE
+        seed = self._domains.seed(domain)
+        hold = domain.books.hold(slots[mapped])
+        stack.callback(lambda: domain.free(domain.books.release(hold)))
+        away = ~mapped & arena.away.contains(pages)
+        if away.any():
+            slots[away] = await self._bring_back(stack, arena, arena.away.digests(pages[away]))
+        stored = slots != PRIVATE
+        data = domain.store.read_all(slots[stored])
+
+        def hash_all() -> tuple[Digests, Fingerprints]:
+            return domain.digester.pages(data), fingerprints(seed, data)
+
+        digests[stored], prints[stored] = await in_thread(hash_all, slots.size)
+        private = np.flatnonzero(~stored & ~away)
+        loose = np.empty(0, np.uint8)
+        if private.size:
+            made = self._promoter.promoted(arena, pages[private], seed=seed)
+            promoted = await stack.enter_async_context(made)
+            _check(arena, promoted.read.outcomes)
+            digests[private] = promoted.read.digests
+            prints[private] = promoted.read.fingerprints
+            slots[private] = promoted.slots
+            mapped[private] = promoted.outcomes == Outcome.MERGED
+            settled = mapped[private] | (promoted.outcomes == Outcome.ABSENT)
+            loose = promoted.outcomes[~settled]
+        prints[are_zero(digests)] = 0
+        return _Step(pages, digests, prints, slots, mapped, loose)
+
+    async def _hold(self, snapshot: Snapshot, step: _Step) -> Mask:
+        """Hold what the owner has to be told of; return which of the step's pages that are."""
+        domain = snapshot.arena.domain
+        before = snapshot.told[step.pages]
+        zeros = are_zero(step.digests)
+        same = zeros & (before == PRIVATE + 1)
+        maybe = np.flatnonzero(~zeros & (before > PRIVATE + 1))
+        same[maybe] = await domain.catalog.verify(step.digests[maybe], before[maybe] - 1)
+        new = ~same & ~zeros
+        holds = domain.holds
+        if holds.snapshot(snapshot.id) is not snapshot.lease:
+            raise NoArenaError("the snapshot's lease is over: begin a new one")
+        holds.grant(snapshot.lease, keys_of(step.digests[new]), step.slots[new])
+        # A page that has its bytes still, in another slot, is not told of, but known by that slot.
+        known = ~same | (step.mapped & ~zeros)
+        snapshot.told[step.pages[known]] = step.slots[known] + 1
+        told: Mask = ~same
+        return told
+
+    async def _bring_back(self, stack: AsyncExitStack, arena: Arena, digests: Digests) -> Int64s:
+        """Return slots with the bytes of pages that are away; they stay away for the arena."""
+        domain = arena.domain
+        found = self._local.slots(domain, digests, _NO_FINGERPRINTS)
+        slots = await stack.enter_async_context(found)
+        missing = np.flatnonzero((slots == PRIVATE) & ~are_zero(digests))
+        if not missing.size:
+            return slots
+
+        async def take(numbers: Indices, data: Bytes) -> None:
+            made, hold = deposit(domain, digests[missing[numbers]], data)
+            stack.callback(lambda: domain.free(domain.books.release(hold)))
+            slots[missing[numbers]] = made
+
+        left = await self._fetcher.fetch(domain, digests[missing], _NO_FINGERPRINTS, (), take)
+        if left.numbers.size:
+            raise NotPossibleError(
+                f"{left.numbers.size} pages of arena {arena.name!r} are on other hosts, which do"
+                " not send them now: see whether these hosts are up, and try again"
+            )
+        return slots
+
+    async def _order_freeze(self, arena: Arena, milliseconds: int) -> None:
+        outcome = await self._orders.freeze(arena, milliseconds)
+        if outcome == Outcome.UNSUPPORTED:
+            raise NotPossibleError(
+                f"the process of arena {arena.name!r} cannot freeze it: its library, or its kernel,"
+                " is too old"
+            )
+        if outcome != Outcome.MERGED:
+            raise _no_answer(arena)
+
+    def _left(self, lease: Lease) -> bool:
+        """Return whether an arena was left, by what its process announced, or its end."""
+        for domain in self._domains:
+            if domain.holds.snapshot(lease.snapshot) is not lease:
+                continue
+            mine = [arena for arena in domain.arenas if arena.lock == lease.lock]
+            held = domain.locks.held(lease.lock)
+            if mine and mine[0].state is State.OPEN:
+                if mine[0].leaving is not None and mine[0].leaving is mine[0].session:
+                    raise _no_answer(mine[0])
+                return mine[0].left == lease.snapshot
+            if held:
+                raise NoAnswerError(f"the process of arena {lease.arena!r} has yet to announce it")
+            # Its process is gone, and no other one may have taken the name over.
+            return lease.arena not in domain.names or domain.names[lease.arena] in mine
+        return self._unknown_left()
+
+    def _unknown_left(self) -> bool:
+        if all(domain.knows_all() for domain in self._domains):
+            return False
+        raise NoAnswerError("processes of this host have yet to announce their arenas: ask again")
+
+    def _noted(self, number: bytes) -> Lease | None:
+        leases = (domain.holds.snapshot(number) for domain in self._domains)
+        return next((lease for lease in leases if lease is not None), None)
+
+    def _forget_those_that_are_over(self) -> None:
+        for number, snapshot in list(self._snapshots.items()):
+            holds = snapshot.arena.domain.holds
+            if holds.snapshot(number) is not snapshot.lease and not snapshot.turn.locked():
+                del self._snapshots[number]
+
+
+def _stretches(step: _Step, told: Mask) -> Iterator[Stretch]:
+    """Return the stretches of those pages that were told of."""
+    at = np.flatnonzero(told)
+    first, count = join(step.pages[at])
+    ends = np.cumsum(count)
+    for page, size, end in zip(first.tolist(), count.tolist(), ends.tolist(), strict=True):
+        part = at[end - size : end]
+        yield Stretch(page, step.digests[part], step.fingerprints[part])
+
+
+def _check_time(deadline: float) -> None:
+    if time.monotonic() >= deadline:
+        raise TooLateError("the arena could not be told of within the time of its freeze")
+
+
+def _check(arena: Arena, read: Outcomes) -> None:
+    """Raise unless every page was read, or holds nothing."""
+    if not bool(np.isin(read, (Outcome.MERGED, Outcome.ABSENT)).all()):
+        raise _no_answer(arena)
+
+
+def _no_answer(arena: Arena) -> NoAnswerError:
+    return NoAnswerError(
+        f"the process of arena {arena.name!r} does not answer: see whether it runs, and ask again"
+    )
+
+
+def _why_loose(why: Outcomes) -> str:
+    if bool((why == Outcome.NO_MAPPING).any()):
+        return "the arena's process has no mappings left: raise vm.max_map_count"
+    return f"{why.size} pages stay pinned for I/O, or busy: end that I/O, and try again"

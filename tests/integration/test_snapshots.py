@@ -1,0 +1,476 @@
+"""Snapshots, freezing and leaving, over real gRPC, with agents that are honest models."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import numpy as np
+import pytest
+from fakes.fake_merging_agent import FakeArena, FakeMergingAgent
+from helpers.pages_host import (
+    DOMAIN_ID,
+    PagesCluster,
+    PagesHost,
+    digests_of,
+    fingerprints_of,
+    pages_cluster,
+    random_pages,
+)
+from helpers.waiting import until
+
+from samepage.daemon import wire
+from samepage.daemon.wire import PAGE_SIZE
+from samepage.v1 import pages_pb2
+
+PAGES = 1300
+LEASE_MS = 60_000
+
+
+@pytest.fixture
+async def cluster(tmp_path: Path) -> AsyncIterator[PagesCluster]:
+    async with pages_cluster(tmp_path, "a", "b") as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def host(cluster: PagesCluster) -> PagesHost:
+    return cluster.hosts["a"]
+
+
+@pytest.fixture
+async def agent(host: PagesHost) -> AsyncIterator[FakeMergingAgent]:
+    agent = FakeMergingAgent(host.path)
+    await agent.connect()
+    yield agent
+    await agent.die()
+
+
+class Copy:
+    """What the owner of a snapshot knows."""
+
+    def __init__(self, host: PagesHost) -> None:
+        self.host = host
+        self.id = b""
+        self.digests = np.zeros((0, 32), np.uint8)
+        self.told = 0
+
+    async def snapshot(self, arena: str = "arena") -> None:
+        """One round."""
+        if self.id:
+            request = pages_pb2.SnapshotRequest(snapshot_id=self.id)
+        else:
+            request = pages_pb2.SnapshotRequest(domain_id=DOMAIN_ID, arena=arena)
+        request.owner, request.lease_ms = "b", LEASE_MS
+        await self._take(self.host.pages.Snapshot(request))
+
+    async def freeze(self, milliseconds: int = 20_000) -> None:
+        request = pages_pb2.FreezeRequest(snapshot_id=self.id, milliseconds=milliseconds)
+        await self._take(self.host.pages.Freeze(request))
+
+    async def leave(self) -> bool:
+        answer = await self.host.pages.Leave(pages_pb2.LeaveRequest(snapshot_id=self.id))
+        return answer.left
+
+    async def end(self, keep_holds: bool = False) -> None:
+        await self.host.pages.EndSnapshot(
+            pages_pb2.EndSnapshotRequest(snapshot_id=self.id, keep_holds=keep_holds)
+        )
+
+    async def bytes(self) -> list[bytes]:
+        """Fetch the pages, as the owner would."""
+        pages = []
+        for low in range(0, len(self.digests), 256):
+            part = self.digests[low : low + 256]
+            stream = self.host.pages.Fetch()
+            await stream.write(pages_pb2.FetchRequest(domain_id=DOMAIN_ID, digests=part.tobytes()))
+            response = await stream.read()
+            stream.cancel()
+            assert isinstance(response, pages_pb2.FetchResponse)
+            data = iter(range(0, len(response.pages), PAGE_SIZE))
+            for digest, found in zip(part, response.found, strict=True):
+                assert found or not digest.any()
+                at = next(data) if found else 0
+                pages.append(response.pages[at : at + PAGE_SIZE] if found else bytes(PAGE_SIZE))
+        return pages
+
+    async def _take(self, call: Any) -> None:
+        self.told = 0
+        last = -1
+        async for response in call:
+            self.id = response.snapshot_id
+            if not len(self.digests):
+                self.digests = np.zeros((response.pages, 32), np.uint8)
+            digests = np.frombuffer(response.digests, np.uint8).reshape(-1, 32)
+            assert len(response.fingerprints) * 2 == len(response.digests)
+            if len(digests):
+                assert response.first_page > last
+                last = response.first_page + len(digests) - 1
+            self.digests[response.first_page : response.first_page + len(digests)] = digests
+            self.told += len(digests)
+
+
+def as_pages(arena: FakeArena) -> list[bytes]:
+    return [arena.page(page) for page in range(arena.pages)]
+
+
+async def refused(call: Any, code: grpc.StatusCode) -> str:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    assert caught.value.code() is code, caught.value.details()
+    return caught.value.details() or ""
+
+
+async def test_snapshot_holds_what_an_arena_has(host: PagesHost, agent: FakeMergingAgent) -> None:
+    data = random_pages(PAGES, 1)
+    data[100:200] = 0
+    arena = await agent.open("arena", data)
+    arena.absent[150:160] = True
+    copy = Copy(host)
+    await copy.snapshot()
+    assert copy.told == PAGES
+    assert copy.digests.tolist() == digests_of(data).tolist()
+    assert arena.absent[100:200].all()
+    assert int(np.count_nonzero(arena.slots)) == PAGES - 100
+    assert host.domain.store.resident_bytes() == (PAGES - 100) * PAGE_SIZE
+    assert host.domain.books.shared_pages() == PAGES - 100
+    for page in range(50, 60):
+        agent.write(arena, page, b"something else")
+    await agent.flushed()
+    assert await copy.bytes() == [page.tobytes() for page in data]
+    await copy.end()
+    assert host.domain.store.resident_bytes() == (PAGES - 110) * PAGE_SIZE
+    host.assert_exact(agent)
+
+
+async def test_fingerprints_are_those_of_the_agents(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    data = random_pages(10, 1)
+    await agent.open("arena", data)
+    call = host.pages.Snapshot(
+        pages_pb2.SnapshotRequest(domain_id=DOMAIN_ID, arena="arena", owner="b", lease_ms=LEASE_MS)
+    )
+    seen = [response async for response in call]
+    assert (seen[0].pages, seen[0].digests) == (10, b"")
+    assert seen[1].fingerprints == fingerprints_of(data).tobytes()
+
+
+async def test_later_rounds_tell_of_what_was_written(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    data = random_pages(PAGES, 1)
+    data[100:200] = 0
+    arena = await agent.open("arena", data)
+    arena.absent[:50] = True
+    arena.data[:50] = 0
+    copy = Copy(host)
+    await copy.snapshot()
+    await copy.snapshot()
+    assert copy.told == 0
+    agent.write(arena, 7, b"an absent page")
+    agent.write(arena, 120, b"a page of zeros")
+    for page in (300, 301, 999):
+        agent.write(arena, page, b"a shared page")
+    agent.write(arena, 400, arena.page(400)[:20])
+    await agent.flushed()
+    await copy.snapshot()
+    assert copy.told == 5
+    assert await copy.bytes() == as_pages(arena)
+    await copy.snapshot()
+    assert copy.told == 0
+
+
+async def test_pages_that_cannot_be_replaced_are_copied(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    arena = await agent.open("arena", random_pages(PAGES, 1))
+    arena.pinned[10:20] = True
+    copy = Copy(host)
+    await copy.snapshot()
+    assert await copy.bytes() == as_pages(arena)
+    await copy.snapshot()
+    assert copy.told == 0
+    arena.data[13] ^= 5
+    await copy.snapshot()
+    assert copy.told == 1
+    assert await copy.bytes() == as_pages(arena)
+    details = await refused(copy.freeze(), grpc.StatusCode.FAILED_PRECONDITION)
+    assert ("pinned" in details, arena.frozen) == (True, False)
+    arena.pinned[:] = False
+    await copy.freeze()
+    assert arena.slots.all()
+
+
+async def test_snapshots_of_pages_that_are_shared_already(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    data = random_pages(PAGES, 1)
+    arena = await agent.open("arena", data)
+    twin = await agent.open("twin", data)
+    await host.merge_all(arena, twin)
+    one, other = Copy(host), Copy(host)
+    await one.snapshot()
+    await other.snapshot("twin")
+    assert host.domain.store.resident_bytes() == PAGES * PAGE_SIZE
+    agent.write(arena, 0, b"gone", PAGES)
+    agent.write(twin, 0, b"gone as well", PAGES)
+    await agent.flushed()
+    await one.end()
+    assert await other.bytes() == [page.tobytes() for page in data]
+    await other.end()
+    assert host.domain.store.resident_bytes() == 0
+
+
+async def test_ended_snapshot_may_keep_its_holds(host: PagesHost, agent: FakeMergingAgent) -> None:
+    data = random_pages(PAGES, 1)
+    arena = await agent.open("arena", data)
+    copy = Copy(host)
+    await copy.snapshot()
+    await copy.end(keep_holds=True)
+    await agent.close_arena(arena)
+    assert await copy.bytes() == [page.tobytes() for page in data]
+    answer = await host.pages.Renew(pages_pb2.RenewRequest(owner="b", lease_ms=1000))
+    assert answer.holds == PAGES
+    await refused(copy.snapshot(), grpc.StatusCode.NOT_FOUND)
+    await copy.end()
+
+
+async def test_no_such_arena(host: PagesHost, agent: FakeMergingAgent) -> None:
+    await agent.open("arena", random_pages(3, 1))
+    await refused(Copy(host).snapshot("another"), grpc.StatusCode.NOT_FOUND)
+    nobody = Copy(host)
+    nobody.id = bytes(16)
+    await refused(nobody.snapshot(), grpc.StatusCode.NOT_FOUND)
+    await refused(nobody.freeze(), grpc.StatusCode.NOT_FOUND)
+    await nobody.end()
+    await agent.disconnect()
+    await until(lambda: not len(host.agents))
+    await refused(Copy(host).snapshot(), grpc.StatusCode.UNAVAILABLE)
+
+
+async def test_store_without_room(host: PagesHost, agent: FakeMergingAgent) -> None:
+    await agent.open("arena", random_pages(PAGES, 1))
+    host.stores.limit(600 * PAGE_SIZE)
+    copy = Copy(host)
+    details = await refused(copy.snapshot(), grpc.StatusCode.RESOURCE_EXHAUSTED)
+    assert "store_limit_bytes" in details
+    await copy.end()
+
+
+@pytest.mark.parametrize("milliseconds", [0, 60_001])
+async def test_freeze_for_no_time(
+    host: PagesHost, agent: FakeMergingAgent, milliseconds: int
+) -> None:
+    await agent.open("arena", random_pages(3, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    await refused(copy.freeze(milliseconds), grpc.StatusCode.INVALID_ARGUMENT)
+
+
+async def test_frozen_arena_is_left(host: PagesHost, agent: FakeMergingAgent) -> None:
+    arena = await agent.open("arena", random_pages(PAGES, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    for page in range(70, 90):
+        agent.write(arena, page, b"written meanwhile")
+    await agent.flushed()
+    before = as_pages(arena)
+    await copy.freeze()
+    assert copy.told == 20
+    assert await copy.leave()
+    assert arena.left == copy.id and arena.poisoned.all()
+    assert host.domain.books.shared_pages() == 0
+    assert await copy.bytes() == before
+    assert await copy.leave()
+    await refused(Copy(host).snapshot(), grpc.StatusCode.NOT_FOUND)
+    await copy.end()
+    assert host.domain.store.resident_bytes() == 0
+    assert await copy.leave()
+
+
+async def test_arena_stays_when_the_freeze_is_over(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    arena = await agent.open("arena", random_pages(20, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    assert not await copy.leave()
+    await copy.freeze()
+    arena.frozen = False
+    assert not await copy.leave()
+    assert not await copy.leave()
+    await copy.end()
+    host.assert_exact(agent)
+
+
+async def test_ending_a_snapshot_thaws(host: PagesHost, agent: FakeMergingAgent) -> None:
+    arena = await agent.open("arena", random_pages(20, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    await copy.freeze()
+    assert arena.frozen
+    await copy.end()
+    assert not arena.frozen
+
+
+async def test_older_library_is_copied_but_not_migrated(host: PagesHost) -> None:
+    agent = FakeMergingAgent(host.path, version=2)
+    await agent.connect()
+    arena = await agent.open("arena", random_pages(20, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    assert await copy.bytes() == as_pages(arena)
+    await refused(copy.freeze(), grpc.StatusCode.FAILED_PRECONDITION)
+    await agent.die()
+
+
+async def test_writers_that_go_on_are_told_of_before_the_freeze_ends(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    """Private pages can be written in a freeze until they are replaced."""
+    arena = await agent.open("arena", random_pages(600, 1))
+    copy = Copy(host)
+    writes = 0
+
+    def write(order: wire.Message) -> None:
+        nonlocal writes
+        if arena.frozen and order.type is wire.Type.REPLACE and writes < 5:
+            writes += 1
+            arena.data[1] ^= writes
+
+    await copy.snapshot()
+    for page in range(20):
+        agent.write(arena, page, b"private again")
+    await agent.flushed()
+    agent.before_order = write
+    await copy.freeze()
+    assert writes == 5
+    assert arena.slots.all()
+    assert await copy.bytes() == as_pages(arena)
+
+
+async def test_leaving_is_known_after_lost_answers_and_restarts(cluster: PagesCluster) -> None:
+    """The merger is killed between the order to leave and its answer."""
+    host = cluster.hosts["a"]
+    agent = FakeMergingAgent(host.path)
+    await agent.connect()
+    arena = await agent.open("arena", random_pages(300, 1))
+    before = as_pages(arena)
+    copy = Copy(host)
+    await copy.snapshot()
+    await copy.freeze()
+    agent.obey.clear()
+    asked = asyncio.ensure_future(copy.leave())
+    await agent.until_ordered(wire.Type.LEAVE)
+    await agent.disconnect()
+    await refused(asked, grpc.StatusCode.UNAVAILABLE)
+    await cluster.kill("a")
+    host = copy.host = await cluster.add("a")
+    details = await refused(copy.leave(), grpc.StatusCode.UNAVAILABLE)
+    assert "announce" in details
+    # What the agent did before its connection broke.
+    arena.left = copy.id
+    arena.slots[:] = 0
+    arena.poisoned[:] = True
+    agent.obey.set()
+    await agent.connect()
+    await agent.announce(arena)
+    assert await copy.leave()
+    assert await copy.bytes() == before
+    await agent.die()
+    await host.settled()
+    assert await copy.leave()
+
+
+async def test_arena_that_did_not_leave_stays_after_a_restart(cluster: PagesCluster) -> None:
+    host = cluster.hosts["a"]
+    agent = FakeMergingAgent(host.path)
+    await agent.connect()
+    arena = await agent.open("arena", random_pages(300, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    await copy.freeze()
+    await agent.disconnect()
+    await cluster.kill("a")
+    host = copy.host = await cluster.add("a")
+    await refused(copy.leave(), grpc.StatusCode.UNAVAILABLE)
+    arena.frozen = False
+    await agent.connect()
+    await agent.announce(arena)
+    assert not await copy.leave()
+    await copy.end()
+    await host.settled()
+    host.assert_exact(agent)
+    await agent.die()
+
+
+async def test_unanswered_order_to_leave_is_not_known(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    arena = await agent.open("arena", random_pages(30, 1))
+    copy = Copy(host)
+    await copy.snapshot()
+    await copy.freeze()
+    host.orders._timeout = 0.05
+    agent.obey.clear()
+    await refused(copy.leave(), grpc.StatusCode.UNAVAILABLE)
+    await refused(copy.leave(), grpc.StatusCode.UNAVAILABLE)
+    host.orders._timeout = 5.0
+    agent.obey.set()
+    await until(lambda: any(arena.left))
+    await agent.flushed()
+    assert await copy.leave()
+
+
+async def test_process_that_ends_in_the_middle(host: PagesHost, agent: FakeMergingAgent) -> None:
+    await agent.open("arena", random_pages(PAGES, 1))
+
+    def die(order: wire.Message) -> None:
+        if agent.orders.count(wire.Type.READ) == 2:
+            raise OSError(errno.EPIPE, "the process is killed here")
+
+    agent.before_order = die
+    copy = Copy(host)
+    asked = asyncio.ensure_future(copy.snapshot())
+    await agent.until_ordered(wire.Type.READ, 2)
+    await agent.die()
+    await refused(asked, grpc.StatusCode.UNAVAILABLE)
+    await host.settled()
+    await copy.end()
+    assert host.domain.store.resident_bytes() == 0
+
+
+async def test_away_pages_are_brought_back_for_a_snapshot(
+    cluster: PagesCluster, host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    data = random_pages(40, 1)
+    arena = await agent.open("arena", data)
+    digests = digests_of(data)
+    cluster.hosts["b"].keep(data[:20], owner="a")
+    pages = np.arange(20)
+    outcomes = await host.orders.evict(
+        host.agents.find(agent.agent, arena.number),  # type: ignore[arg-type]
+        pages,
+        data[:20].tobytes(),
+        digests[:20],
+    )
+    assert not outcomes.any()
+    copy = Copy(host)
+    await copy.snapshot()
+    assert copy.digests.tolist() == digests.tolist()
+    assert await copy.bytes() == [page.tobytes() for page in data]
+    assert sorted(arena.away) == list(range(20))
+    await copy.snapshot()
+    assert copy.told == 0
+    await copy.freeze()
+    await cluster.kill("b")
+    another = Copy(host)
+    await copy.end()
+    host.hosts._asked_at = float("-inf")
+    await refused(another.snapshot(), grpc.StatusCode.FAILED_PRECONDITION)
+    await another.end()
