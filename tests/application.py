@@ -367,6 +367,25 @@ class Served:
             starts = [number * len(pages) // threads for number in range(threads)]
             return sorted({page for zero in pool.map(read, starts) for page in zero})
 
+    def clone(
+        self, call: str, source: str, name: str, timeout: float = 30.0
+    ) -> list[tuple[int, int, int]]:
+        """Clone or migrate an arena and take a view of it; the progress that was told."""
+        from dataclasses import astuple
+
+        told: list[tuple[int, int, int]] = []
+        self.arenas[name] = getattr(self.node, call)(
+            source, name, timeout=timeout, progress=lambda step: told.append(astuple(step))
+        )
+        self.views[name] = self.arenas[name].buffer
+        return told
+
+    def evict(self, name: str) -> dict[str, int]:
+        """Have the merger evict an arena."""
+        from dataclasses import asdict
+
+        return asdict(self.arenas[name].evict())
+
     def fetch(
         self, name: str, offset: int = 0, size: int | None = None, timeout: float = 30
     ) -> None:

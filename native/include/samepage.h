@@ -8,7 +8,8 @@
  *
  * Every function that returns int returns 0 or a positive result on success and -errno on
  * failure; sp_error() then tells more. All functions may be called from any thread. After fork()
- * the child has no arenas (the memory is not inherited); its handles answer -ECHILD.
+ * the child has no arenas (the memory is not inherited); its handles answer -ECHILD. An arena that was
+ * migrated to another host answers -EREMOTE, and touching it is a SIGBUS.
  */
 #ifndef SAMEPAGE_H
 #define SAMEPAGE_H
@@ -24,6 +25,7 @@ extern "C" {
 #define SP_FINGERPRINT_SIZE 16
 #define SP_NAME_MAX 127	 /* bytes of an arena's name */
 #define SP_DOMAIN_MAX 63 /* bytes of a domain's name */
+#define SP_HOST_MAX 253	 /* bytes of a host's name */
 
 struct sp_node;	 /* a connection to the daemons of this host */
 struct sp_arena; /* an arena of this process */
@@ -67,6 +69,36 @@ struct sp_arena_stats {
 				 away */
 };
 
+/* Pages by what one sp_arena_evict() did to them. */
+struct sp_evict_report {
+	uint64_t held_elsewhere; /* gone: other hosts hold them */
+	uint64_t spilled;	 /* gone: they are on this host's disk */
+	uint64_t kept;		 /* here still: written meanwhile, pinned, or absent */
+	uint64_t no_room;	 /* here still: no host holds them, and no disk has room */
+};
+
+/* How far an sp_arena_clone() is; the first three sum to the bytes that are not just zeros. */
+struct sp_clone_progress {
+	uint64_t local_bytes;	/* found on this host */
+	uint64_t fetched_bytes; /* come from other hosts */
+	uint64_t missing_bytes; /* to come */
+	uint64_t freeze_us;	/* how long writers had to wait; 0 before the end */
+};
+
+enum sp_clone_flag {
+	SP_CLONE_LAZY = 1 << 0,	  /* usable at once; pages come when touched, and meanwhile */
+	SP_CLONE_MIGRATE = 1 << 1 /* the source's process loses the arena */
+};
+
+struct sp_clone_options {
+	const char *source_host;  /* by its name in the cluster */
+	const char *source_arena; /* its name there */
+	const char *name;	  /* the new one's; NULL: the source's */
+	const char *domain;	  /* NULL: "default" */
+	uint32_t flags;		  /* enum sp_clone_flag */
+	uint32_t max_freeze_ms;	  /* SP_CLONE_MIGRATE: for how long writers may have to wait */
+};
+
 /* Bits of enum sp_feature that this process can use. `dir` is the daemons' socket directory and
  * may be NULL: then only what the process can open by itself counts. SAMEPAGE_DISABLE in the
  * environment, a comma-separated list of userfaultfd, move, wp_tmpfs, remap, poison, pagemap_scan,
@@ -104,6 +136,19 @@ void sp_disconnect(struct sp_node *node);
 int sp_arena_create(struct sp_node *node, const char *name, const char *domain, size_t size,
 		    struct sp_arena **arena);
 
+/* Make an arena that is a copy of one on another host; only the bytes that this host lacks are moved.
+ * `progress` (may be NULL) is called in this thread while it goes on. One that fails leaves nothing
+ * behind. A migration is not given up once its arena is being made: timeout_ms counts until then, and
+ * afterwards only the merger's word ends it.
+ *
+ * -EINVAL, -EEXIST, -ENOMEM: as sp_arena_create(). -ENOENT: no such host or arena. -ENOTCONN,
+ * -EAGAIN: the merger, or the other host, is away. -ENOTSUP: the kernel or the merger lacks what it
+ * takes. -EBUSY: pages of the source are pinned for I/O. -ETIMEDOUT: it took longer, or its writers
+ * would have had to wait for longer than max_freeze_ms. */
+int sp_arena_clone(struct sp_node *node, const struct sp_clone_options *options, int timeout_ms,
+		   void (*progress)(const struct sp_clone_progress *progress, void *context),
+		   void *context, struct sp_arena **arena);
+
 void *sp_arena_data(const struct sp_arena *arena);
 size_t sp_arena_size(const struct sp_arena *arena);
 const char *sp_arena_domain(const struct sp_arena *arena);
@@ -130,6 +175,12 @@ int sp_arena_discard(struct sp_arena *arena, size_t offset, size_t length);
  * too; here a timeout can be given, and bytes that are lost are -EIO instead of SIGBUS. `offset` and
  * `length` as above. -ETIMEDOUT: they go on coming. */
 int sp_arena_fetch(struct sp_arena *arena, size_t offset, size_t length, int timeout_ms);
+
+/* Let pages go that other hosts hold, and others to this host's disk; they come back at a touch.
+ * `offset` and `length` as above. -ENOTCONN: the merger is away. -ETIMEDOUT: what was begun goes
+ * on. */
+int sp_arena_evict(struct sp_arena *arena, size_t offset, size_t length, int timeout_ms,
+		   struct sp_evict_report *report);
 
 /* Make every page private again. Needs no daemon, unless pages are on other hosts: then it waits for
  * them. -EIO: done, but bytes are lost. -ENOMEM: there is no memory for all the copies;

@@ -7,6 +7,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "clone.h"
 #include "error.h"
 #include "node.h"
 #include "pagemap.h"
@@ -35,10 +36,8 @@ bool sp_is_domain(const char *domain)
 	       !strchr("-.", domain[0]) && !strchr("-.", domain[length - 1]);
 }
 
-static int check(const char *name, const char *domain, size_t size)
+static int check_names(const char *name, const char *domain)
 {
-	size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
-
 	if (sysconf(_SC_PAGESIZE) != SP_PAGE_SIZE)
 		return sp_fail(-ENOTSUP, "this machine's pages are not of %d bytes", SP_PAGE_SIZE);
 	if (!name || !is_name(name))
@@ -49,6 +48,13 @@ static int check(const char *name, const char *domain, size_t size)
 		return sp_fail(-EINVAL, "a domain's name is 1 to %d characters of a-z, 0-9, '-' and "
 					"'.', and neither begins nor ends with '-' or '.'",
 			       SP_DOMAIN_MAX);
+	return 0;
+}
+
+static int check_size(size_t size)
+{
+	size_t memory = (size_t)sysconf(_SC_PHYS_PAGES) * (size_t)sysconf(_SC_PAGESIZE);
+
 	if (size == 0)
 		return sp_fail(-EINVAL, "an arena needs a size of at least 1 byte");
 	if (size > memory)
@@ -65,20 +71,35 @@ static void unmap_memory(struct sp_arena *arena)
 		sp_memory_unmap(arena->shadow, arena->pages);
 }
 
-static struct sp_arena *make_arena(struct sp_node *node, const char *name, const char *domain,
-				   size_t pages)
+int sp_arena_map(struct sp_arena *arena, uint64_t pages)
 {
-	struct sp_arena *arena = calloc(1, sizeof(*arena));
-
-	if (!arena)
-		return NULL;
 	arena->pages = pages;
 	arena->data = sp_memory_map(pages, &arena->shadow);
-	if (!arena->data || sp_extents_init(&arena->extents, pages)) {
-		unmap_memory(arena);
-		free(arena);
-		return NULL;
-	}
+	if (!arena->data)
+		return -ENOMEM;
+	if (!sp_extents_init(&arena->extents, pages))
+		return 0;
+	unmap_memory(arena);
+	arena->data = arena->shadow = NULL;
+	return -ENOMEM;
+}
+
+int sp_arena_make(struct sp_node *node, const char *name, const char *domain,
+		  struct sp_arena **out)
+{
+	struct sp_arena *arena;
+	int error;
+
+	if (atomic_load(&node->forked))
+		return sp_fail(-ECHILD, "the connection is the parent's: connect anew in the child");
+	if (atomic_load(&node->closed))
+		return sp_fail(-EBADF, "the connection is closed");
+	error = check_names(name, domain);
+	if (error)
+		return error;
+	arena = calloc(1, sizeof(*arena));
+	if (!arena)
+		return sp_fail(-ENOMEM, "no memory is left");
 	strcpy(arena->name, name);
 	strcpy(arena->domain, domain ? domain : "");
 	arena->node = node;
@@ -86,7 +107,8 @@ static struct sp_arena *make_arena(struct sp_node *node, const char *name, const
 	arena->store = -1;
 	atomic_init(&arena->references, 1);
 	atomic_fetch_add(&node->references, 1);
-	return arena;
+	*out = arena;
+	return 0;
 }
 
 void sp_arena_put(struct sp_arena *arena)
@@ -112,6 +134,8 @@ static int usable(const struct sp_arena *arena)
 		return sp_fail(-ECHILD, "an arena is not inherited over fork: connect anew in the child");
 	if (atomic_load(&arena->closed))
 		return sp_fail(-EBADF, "the arena is closed");
+	if (atomic_load(&arena->gone))
+		return sp_fail(-EREMOTE, "the arena was migrated to another host: use it there");
 	return 0;
 }
 
@@ -127,18 +151,16 @@ int sp_arena_create(struct sp_node *node, const char *name, const char *domain, 
 		    struct sp_arena **out)
 {
 	struct sp_arena *arena;
-	int error;
+	int error = check_size(size);
 
-	if (atomic_load(&node->forked))
-		return sp_fail(-ECHILD, "the connection is the parent's: connect anew in the child");
-	if (atomic_load(&node->closed))
-		return sp_fail(-EBADF, "the connection is closed");
-	error = check(name, domain, size);
+	if (!error)
+		error = sp_arena_make(node, name, domain, &arena);
 	if (error)
 		return error;
-	arena = make_arena(node, name, domain, (size + SP_PAGE_SIZE - 1) / SP_PAGE_SIZE);
-	if (!arena)
+	if (sp_arena_map(arena, (size + SP_PAGE_SIZE - 1) / SP_PAGE_SIZE)) {
+		sp_arena_put(arena);
 		return sp_fail(-ENOMEM, "the system gives no %zu bytes", size);
+	}
 	error = ask(&node->mover.mailbox, SP_REQUEST_ADD, arena, NULL, CREATE_MS);
 	if (error == -ETIMEDOUT)
 		sp_fail(error, "the merger did not answer within %d s", CREATE_MS / 1000);
@@ -290,6 +312,33 @@ int sp_arena_fetch(struct sp_arena *arena, size_t offset, size_t length, int tim
 	if (error)
 		return error;
 	return sp_mailbox_call(&arena->node->mover.mailbox, &request, timeout_ms);
+}
+
+int sp_arena_evict(struct sp_arena *arena, size_t offset, size_t length, int timeout_ms,
+		   struct sp_evict_report *report)
+{
+	struct wire_evicted evicted;
+	struct sp_request request = {.kind = SP_REQUEST_EVICT,
+				     .arena = arena,
+				     .answer = &evicted,
+				     .page = offset / SP_PAGE_SIZE,
+				     .count = length / SP_PAGE_SIZE};
+	int error = usable(arena);
+
+	if (!error)
+		error = check_range(arena, offset, length);
+	if (error)
+		return error;
+	*report = (struct sp_evict_report){0};
+	if (request.count == 0)
+		return 0;
+	error = sp_mailbox_call(&arena->node->mover.mailbox, &request, timeout_ms);
+	if (!error)
+		*report = (struct sp_evict_report){.held_elsewhere = evicted.held,
+						   .spilled = evicted.spilled,
+						   .kept = evicted.kept,
+						   .no_room = evicted.no_room};
+	return error;
 }
 
 /* Bring away pages back, however long it takes, then have the mover do what needs them all here.

@@ -75,6 +75,17 @@ static struct timespec deadline_after(int timeout_ms)
 	return deadline;
 }
 
+/* With the lock held, which is let go meanwhile. */
+static void tell_caller(struct sp_mailbox *mailbox, struct sp_request *request)
+{
+	struct sp_clone_progress progress = request->progress;
+
+	request->news = false;
+	pthread_mutex_unlock(&mailbox->lock);
+	request->told(request, &progress);
+	pthread_mutex_lock(&mailbox->lock);
+}
+
 int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int timeout_ms)
 {
 	struct timespec deadline = deadline_after(timeout_ms < 0 ? 0 : timeout_ms);
@@ -82,6 +93,7 @@ int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int 
 	int result = 0;
 
 	request->state = SP_NEW;
+	request->news = false;
 	request->next = NULL;
 	request->text[0] = '\0';
 	pthread_mutex_lock(&mailbox->lock);
@@ -93,12 +105,16 @@ int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int 
 		end = &(*end)->next;
 	*end = request;
 	sp_mailbox_ring(mailbox);
-	while (request->state != SP_DONE) {
-		if (timeout_ms < 0 || result == ETIMEDOUT)
+	while (request->state != SP_DONE || request->news) {
+		if (request->news) {
+			tell_caller(mailbox, request);
+			continue;
+		}
+		if (timeout_ms < 0 || result == ETIMEDOUT || request->firm)
 			pthread_cond_wait(&mailbox->changed, &mailbox->lock);
 		else
 			result = pthread_cond_timedwait(&mailbox->changed, &mailbox->lock, &deadline);
-		if (result == ETIMEDOUT &&
+		if (result == ETIMEDOUT && !request->firm &&
 		    (request->state == SP_NEW || request->state == SP_WAITING))
 			break;
 	}
@@ -157,6 +173,16 @@ static void settle(struct sp_request *request, int result, const char *text)
 	request->state = SP_DONE;
 }
 
+void sp_mailbox_tell(struct sp_mailbox *mailbox, struct sp_request *request,
+		     const struct sp_clone_progress *progress)
+{
+	pthread_mutex_lock(&mailbox->lock);
+	request->progress = *progress;
+	request->news = request->told;
+	pthread_cond_broadcast(&mailbox->changed);
+	pthread_mutex_unlock(&mailbox->lock);
+}
+
 void sp_mailbox_done(struct sp_mailbox *mailbox, struct sp_request *request, int result,
 		     const char *text)
 {
@@ -173,7 +199,7 @@ void sp_mailbox_renew(struct sp_mailbox *mailbox, enum sp_request_kind kind)
 
 	pthread_mutex_lock(&mailbox->lock);
 	for (request = mailbox->first; request; request = request->next) {
-		if (request->state != SP_WAITING || request->kind != kind)
+		if (request->state != SP_WAITING || request->seq || request->kind != kind)
 			continue;
 		request->state = SP_NEW;
 		any = true;

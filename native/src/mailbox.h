@@ -10,7 +10,10 @@
 #define SP_MAILBOX_H
 
 #include <pthread.h>
+#include <stdbool.h>
 #include <stdint.h>
+
+#include "samepage.h"
 
 struct sp_arena;
 
@@ -23,6 +26,8 @@ enum sp_request_kind {
 	SP_REQUEST_CLOSE,   /* as UNSHARE, and forget the arena */
 	SP_REQUEST_DROP,    /* unmap the arena's memory, and forget it */
 	SP_REQUEST_ACCOUNT, /* ask the merger what the arena saves */
+	SP_REQUEST_EVICT,   /* ask the merger to let a range of pages go */
+	SP_REQUEST_CLONE,   /* make an arena that is a copy of one on another host */
 	SP_REQUEST_SHARE,   /* ask the scanner to look now */
 	SP_REQUEST_STOP	    /* end the worker */
 };
@@ -39,6 +44,11 @@ struct sp_request {
 	enum sp_request_state state;
 	uint32_t seq; /* of the message whose answer is awaited */
 	int result;
+	bool firm;		    /* not withdrawn, whatever its caller's patience */
+	bool news;		    /* `progress` is new to its caller */
+	struct sp_clone_progress progress;
+	/* called in the caller's thread when there are news */
+	void (*told)(const struct sp_request *request, const struct sp_clone_progress *progress);
 	char text[SP_REQUEST_TEXT]; /* of a failure */
 	struct sp_request *next;
 };
@@ -74,11 +84,15 @@ struct sp_request *sp_mailbox_awaited(struct sp_mailbox *mailbox, uint32_t seq);
 /* A RUNNING request waits for the answer to message `seq`; 0: for sp_mailbox_renew(). */
 void sp_mailbox_await(struct sp_mailbox *mailbox, struct sp_request *request, uint32_t seq);
 
+/* A RUNNING request has come so far. */
+void sp_mailbox_tell(struct sp_mailbox *mailbox, struct sp_request *request,
+		     const struct sp_clone_progress *progress);
+
 /* A RUNNING request has its result; `text` may be NULL. It must not be used afterwards. */
 void sp_mailbox_done(struct sp_mailbox *mailbox, struct sp_request *request, int result,
 		     const char *text);
 
-/* WAITING requests of a kind are NEW again. */
+/* WAITING requests of a kind that await no message are NEW again. */
 void sp_mailbox_renew(struct sp_mailbox *mailbox, enum sp_request_kind kind);
 
 /* All WAITING requests fail that await a message: the daemon is gone. */

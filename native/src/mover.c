@@ -138,7 +138,8 @@ static int receive_opened(struct sp_node *node, struct sp_message *message)
 				  message->length - sizeof(*opened))))
 		return -EPROTO;
 	request = sp_mailbox_awaited(&mover->mailbox, message->header->seq);
-	if (arena && message->descriptors[0] >= 0 && arena->store < 0) {
+	if (arena && message->descriptors[0] >= 0 && arena->store < 0 &&
+	    !atomic_load(&arena->gone)) {
 		arena->store = message->descriptors[0];
 		message->descriptors[0] = -1;
 	}
@@ -147,6 +148,8 @@ static int receive_opened(struct sp_node *node, struct sp_message *message)
 		arena->opened = mover->link.version > 2;
 		if (arena->opened)
 			sp_mover_ask_again(node, arena);
+		if (arena->cloning)
+			sp_mailbox_renew(&mover->mailbox, SP_REQUEST_CLONE);
 	}
 	if (request)
 		sp_mailbox_done(&mover->mailbox, request, 0, NULL);
@@ -163,6 +166,8 @@ static int receive_refused(struct sp_node *node, const struct sp_message *messag
 
 	if (!mover->link.welcomed)
 		return sp_link_step_back(&mover->link, &node->hello, message);
+	if (!request && arena && arena->cloning) /* the new arena was refused, not the clone */
+		request = sp_mailbox_awaited(&mover->mailbox, arena->clone_seq);
 	if (request) {
 		if (request->kind == SP_REQUEST_ADD) {
 			request->arena->announced = false;
@@ -177,17 +182,18 @@ static int receive_refused(struct sp_node *node, const struct sp_message *messag
 	return 0;
 }
 
-static int receive_accounted(struct sp_node *node, const struct sp_message *message)
+/* An answer of `length` bytes, which go to the request as they are. */
+static int receive_answer(struct sp_node *node, const struct sp_message *message, size_t length)
 {
 	struct sp_mailbox *mailbox = &node->mover.mailbox;
 	struct sp_request *request;
 
-	if (message->length != sizeof(struct wire_accounted))
+	if (message->length != length)
 		return -EPROTO;
 	request = sp_mailbox_awaited(mailbox, message->header->seq);
 	if (!request)
 		return 0;
-	memcpy(request->answer, message->payload, sizeof(struct wire_accounted));
+	memcpy(request->answer, message->payload, length);
 	sp_mailbox_done(mailbox, request, 0, NULL);
 	return 0;
 }
@@ -210,7 +216,12 @@ static int receive(struct sp_node *node, struct sp_message *message)
 	case WIRE_ARENA_OPENED:
 		return receive_opened(node, message);
 	case WIRE_ACCOUNTED:
-		return receive_accounted(node, message);
+		return receive_answer(node, message, sizeof(struct wire_accounted));
+	case WIRE_EVICTED:
+		return receive_answer(node, message, sizeof(struct wire_evicted));
+	case WIRE_CLONING:
+	case WIRE_CLONED:
+		return sp_mover_receive_cloning(node, message);
 	default:
 		return mover->link.welcomed ? sp_mover_order(node, message) : -EPROTO;
 	}
@@ -244,13 +255,18 @@ static void ask_merger(struct sp_node *node, struct sp_request *request)
 	struct sp_mover *mover = &node->mover;
 	uint32_t seq = sp_link_next_seq(&mover->link);
 	struct sp_arena *arena = request->arena;
+	struct wire_range range = {.page = request->page, .count = request->count};
 	int error = -ENOTCONN;
 
 	if (mover->link.welcomed && request->kind == SP_REQUEST_ADD) {
 		sp_mover_show_credential(node);
 		error = sp_mover_announce(node, arena, seq);
-	} else if (mover->link.welcomed) {
+	} else if (mover->link.welcomed && request->kind == SP_REQUEST_ACCOUNT) {
 		error = sp_mover_send(node, WIRE_ACCOUNT, seq, arena->number, NULL, 0, -1);
+	} else if (mover->link.welcomed && mover->link.version > 2) {
+		error = sp_mover_send(node, WIRE_EVICT_ARENA, seq, arena->number,
+				      &(struct iovec){.iov_base = &range, .iov_len = sizeof(range)},
+				      1, -1);
 	}
 	if (!error)
 		sp_mailbox_await(&mover->mailbox, request, seq);
@@ -265,7 +281,7 @@ static void ask_merger(struct sp_node *node, struct sp_request *request)
 static void forget(struct sp_node *node, struct sp_arena *arena)
 {
 	sp_mover_send_notices(node);
-	if (arena->announced)
+	if (arena->announced || arena->cloning)
 		sp_mover_send(node, WIRE_ARENA_CLOSE, 0, arena->number, NULL, 0, -1);
 	remove_arena(&node->mover, arena);
 }
@@ -294,8 +310,16 @@ static int make_private(struct sp_node *node, struct sp_arena *arena)
 
 static void drop_memory(struct sp_arena *arena)
 {
-	munmap(arena->data, arena->pages * SP_PAGE_SIZE);
+	if (arena->data)
+		munmap(arena->data, arena->pages * SP_PAGE_SIZE);
 	arena->data = NULL;
+}
+
+void sp_mover_enlist(struct sp_mover *mover, struct sp_arena *arena)
+{
+	atomic_fetch_add(&arena->references, 1);
+	arena->mover_next = mover->arenas;
+	mover->arenas = arena;
 }
 
 /* Take a new arena into the list and announce it. */
@@ -312,9 +336,7 @@ static void add_arena(struct sp_node *node, struct sp_request *request)
 		sp_mailbox_done(&mover->mailbox, request, error, NO_MAPPING);
 		return;
 	}
-	atomic_fetch_add(&arena->references, 1);
-	arena->mover_next = mover->arenas;
-	mover->arenas = arena;
+	sp_mover_enlist(mover, arena);
 	ask_merger(node, request);
 }
 
@@ -327,11 +349,18 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 	const char *text = NO_MEMORY;
 	int error = 0;
 
+	/* what the application itself does to an arena ends its freeze */
+	if (arena && request->kind != SP_REQUEST_ACCOUNT)
+		sp_mover_thaw(node, arena);
 	switch (request->kind) {
 	case SP_REQUEST_ADD:
 		add_arena(node, request);
 		return true;
+	case SP_REQUEST_CLONE:
+		sp_mover_ask_clone(node, request);
+		return true;
 	case SP_REQUEST_ACCOUNT:
+	case SP_REQUEST_EVICT:
 		ask_merger(node, request);
 		return true;
 	case SP_REQUEST_FETCH:
@@ -370,10 +399,14 @@ static bool carry_out(struct sp_node *node, struct sp_request *request)
 	return !stop;
 }
 
-static void lose_link(struct sp_mover *mover)
+static void lose_link(struct sp_node *node)
 {
-	for (struct sp_arena *arena = mover->arenas; arena; arena = arena->mover_next)
+	struct sp_mover *mover = &node->mover;
+
+	for (struct sp_arena *arena = mover->arenas; arena; arena = arena->mover_next) {
+		sp_mover_thaw(node, arena);
 		arena->announced = arena->opened = false;
+	}
 	mover->fetch_count = 0;
 	mover->notice_count = 0;
 	mover->notices_lost = false;
@@ -391,7 +424,7 @@ static int reconnect(struct sp_node *node, int64_t *next)
 		return -1;
 	}
 	if (*next == 0) {
-		lose_link(mover);
+		lose_link(node);
 		*next = now + mover->reconnect_ms;
 	}
 	if (now < *next)
@@ -420,7 +453,8 @@ static void *run(void *argument)
 	while (go_on) {
 		struct sp_request *request;
 		int timeout = sooner(reconnect(node, &next),
-				     sooner(sp_mover_send_stalls(node), sp_mover_audit(node)));
+				     sooner(sooner(sp_mover_send_stalls(node), sp_mover_audit(node)),
+					    sp_mover_thaw_due(node)));
 		struct pollfd polled[] = {{.fd = mover->mailbox.wake, .events = POLLIN},
 					  {.fd = mover->link.sock, .events = POLLIN}};
 

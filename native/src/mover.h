@@ -148,6 +148,28 @@ int sp_mover_order_fill(struct sp_node *node, struct sp_arena *arena,
 int sp_mover_order_poison(struct sp_node *node, struct sp_arena *arena,
 			  const struct sp_message *order);
 
+/* The orders FREEZE and LEAVE. */
+int sp_mover_order_freeze(struct sp_node *node, struct sp_arena *arena,
+			  const struct sp_message *order);
+int sp_mover_order_leave(struct sp_node *node, struct sp_arena *arena,
+			 const struct sp_message *order);
+
+/* End an arena's freeze, if it is frozen. */
+void sp_mover_thaw(struct sp_node *node, struct sp_arena *arena);
+
+/* End freezes whose time is over. Returns in how many ms the next one's is; -1: there is none. */
+int sp_mover_thaw_due(struct sp_node *node);
+
+/* Whether a fault has to wait for the arena's thaw. */
+bool sp_mover_is_kept_aside(struct sp_node *node, struct sp_arena *arena, enum sp_fault_kind kind);
+
+/* Carry out a CLONE request, and take the merger's answers to it. -EPROTO. */
+void sp_mover_ask_clone(struct sp_node *node, struct sp_request *request);
+int sp_mover_receive_cloning(struct sp_node *node, const struct sp_message *message);
+
+/* Take an arena into the list. */
+void sp_mover_enlist(struct sp_mover *mover, struct sp_arena *arena);
+
 /* Replace pages of a stretch, from its first on; returns how many have their outcome, 0: the first
  * is ordinary private memory now. */
 uint64_t sp_mover_replace_away(struct sp_node *node, struct sp_arena *arena,

@@ -48,6 +48,7 @@ struct sp_arena {
 	atomic_uint references;
 	atomic_bool closed;
 	atomic_bool sealed; /* read-only for good; set by the mover */
+	atomic_bool gone;   /* it was left to another host; likewise */
 	atomic_bool keep;   /* nothing more goes away: all is being brought back */
 
 	/* The mover's. */
@@ -58,6 +59,8 @@ struct sp_arena {
 	bool announced;	       /* on the present connection */
 	bool opened;	       /* and the merger has answered: away pages can be asked for */
 	bool cloning;	       /* the application does not know it yet */
+	uint32_t clone_seq;    /* of the message that asked for it */
+	uint64_t frozen_until; /* ns; 0: it is not */
 	uint8_t left[WIRE_SNAPSHOT_SIZE]; /* with what it was left to another host, or zeros */
 	struct sp_away away;
 	uint64_t restore_next; /* page after the last one restored for a write */

@@ -325,13 +325,16 @@ static int order_count(struct sp_node *node, const struct sp_arena *arena,
 	return sp_mover_send_done(node, order, -error, 0);
 }
 
-int sp_mover_order(struct sp_node *node, const struct sp_message *message)
+/* Orders to a frozen arena leave its absent pages trapping. */
+static int carry_out(struct sp_node *node, struct sp_arena *arena, const struct sp_message *message)
 {
-	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
+	uint8_t type = message->header->type;
 
-	if (message->header->type >= WIRE_AWAY && node->mover.link.version < 3)
+	if (type >= WIRE_AWAY && node->mover.link.version < 3)
 		return -EPROTO;
-	switch (message->header->type) {
+	if (arena && atomic_load(&arena->gone) && type != WIRE_LEAVE)
+		arena = NULL;
+	switch (type) {
 	case WIRE_READ:
 		return order_read(node, arena, message);
 	case WIRE_REPLACE:
@@ -348,7 +351,24 @@ int sp_mover_order(struct sp_node *node, const struct sp_message *message)
 		return sp_mover_order_fill(node, arena, message);
 	case WIRE_POISON:
 		return sp_mover_order_poison(node, arena, message);
+	case WIRE_FREEZE:
+		return sp_mover_order_freeze(node, arena, message);
+	case WIRE_LEAVE:
+		return sp_mover_order_leave(node, arena, message);
 	default:
 		return -EPROTO;
 	}
+}
+
+int sp_mover_order(struct sp_node *node, const struct sp_message *message)
+{
+	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
+	struct sp_pager *pager = &node->mover.pager;
+	int error;
+
+	pager->trapping = arena && arena->frozen_until > 0 ? arena->data : NULL;
+	pager->trapping_bytes = pager->trapping ? arena->pages * SP_PAGE_SIZE : 0;
+	error = carry_out(node, arena, message);
+	pager->trapping_bytes = 0;
+	return error;
 }

@@ -96,17 +96,26 @@ int sp_pager_adopt(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_
 			     UFFDIO_REGISTER_MODE_MISSING);
 }
 
+static bool is_trapping(const struct sp_pager *pager, const uint8_t *address)
+{
+	return (uintptr_t)address - (uintptr_t)pager->trapping < pager->trapping_bytes;
+}
+
 /* Registering alone never takes a mode away, so missing faults end by unregistering. */
 void sp_pager_end_missing(struct sp_pager *pager, uint8_t *address, size_t n)
 {
-	uffd_unregister(pager->uffds.memory, address, bytes_of(n));
+	if (!is_trapping(pager, address))
+		uffd_unregister(pager->uffds.memory, address, bytes_of(n));
 	sp_pager_follow(pager, address, n);
 }
 
 void sp_pager_follow(struct sp_pager *pager, uint8_t *address, size_t n)
 {
-	if (pager->tracks)
-		uffd_register(pager->uffds.memory, address, bytes_of(n), UFFDIO_REGISTER_MODE_WP);
+	uint64_t mode = (pager->tracks ? UFFDIO_REGISTER_MODE_WP : 0) |
+			(is_trapping(pager, address) ? UFFDIO_REGISTER_MODE_MISSING : 0);
+
+	if (mode)
+		uffd_register(pager->uffds.memory, address, bytes_of(n), mode);
 }
 
 int sp_pager_remap(struct sp_pager *pager, uint8_t *from, size_t n, int flags, uint8_t *to)

@@ -56,6 +56,8 @@ struct sp_pager {
 	int maps;	       /* /proc/self/maps */
 	uint8_t *staging;      /* SP_TAKE_PAGES pages, registered for missing faults */
 	uint8_t *bounce;       /* as many, for slots' bytes on their way */
+	const uint8_t *trapping; /* in this range, missing faults stay the pager's: it is frozen */
+	size_t trapping_bytes;
 	uint64_t *page_states; /* pagemap entries of a run */
 
 	/* For the watcher. */
@@ -165,6 +167,10 @@ int sp_pager_bring(struct sp_pager *pager, uint8_t *address, const uint8_t *byte
 
 /* Make a touch of n pages that are waited for an error, and wake. -errno of UFFDIO_POISON. */
 int sp_pager_poison(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Make a touch of an arena's n pages an error, all of them in one step, whatever they map. Its bytes
+ * are gone then. -errno: nothing was changed. */
+int sp_pager_ruin(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_t n);
 
 /* Nobody need wait for n private pages any more. */
 void sp_pager_end_away(struct sp_pager *pager, uint8_t *address, size_t n);

@@ -86,6 +86,25 @@ int sp_pager_let_go(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, s
 	return error;
 }
 
+int sp_pager_ruin(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_t n)
+{
+	int error = sp_pager_may_map() ? 0 : -ENOMEM;
+
+	if (error)
+		return error;
+	error = prepare_shadow(pager, shadow, n);
+	for (size_t i = 0, some; i < n && !error; i += some) {
+		some = n - i < SP_TAKE_PAGES ? n - i : SP_TAKE_PAGES;
+		error = sp_pager_poison(pager, shadow + bytes_of(i), some);
+	}
+	if (!error)
+		error = sp_pager_remap(pager, shadow, n, MREMAP_DONTUNMAP, data);
+	release_shadow(pager, shadow, n);
+	if (error) /* the errors that were made there */
+		memory_drop(shadow, bytes_of(n));
+	return error;
+}
+
 void sp_pager_evict(struct sp_pager *pager, uint8_t *address, uint8_t *shadow, size_t n,
 		    const uint8_t *bytes, uint8_t *outcomes)
 {

@@ -162,7 +162,9 @@ static int order_fingerprint(struct sp_node *node, const struct sp_message *orde
 	answer.states = reader->link.window + pages * SP_FINGERPRINT_SIZE;
 	for (size_t i = 0; i < n && !error; i++) {
 		pthread_mutex_lock(&node->reading);
-		error = fingerprint(reader, arena, ranges[i].page, ranges[i].count, first, answer);
+		error = atomic_load(&arena->gone) ? -ENOENT
+						  : fingerprint(reader, arena, ranges[i].page,
+								ranges[i].count, first, answer);
 		pthread_mutex_unlock(&node->reading);
 		first += ranges[i].count;
 	}
@@ -288,6 +290,18 @@ static void forget(struct sp_reader *reader, struct sp_arena *arena)
 	sp_arena_put(arena);
 }
 
+/* What was left to another host is no arena of the scanner's any more. */
+static void forget_gone(struct sp_reader *reader)
+{
+	struct sp_arena *arena = reader->arenas, *next;
+
+	for (; arena; arena = next) {
+		next = arena->reader_next;
+		if (atomic_load(&arena->gone))
+			forget(reader, arena);
+	}
+}
+
 static void ask_share(struct sp_reader *reader, struct sp_request *request)
 {
 	uint32_t seq = sp_link_next_seq(&reader->link);
@@ -358,6 +372,7 @@ static void *run(void *argument)
 
 		poll(polled, 2, timeout);
 		sp_mailbox_hear(&reader->mailbox);
+		forget_gone(reader);
 		while (go_on && (request = sp_mailbox_take(&reader->mailbox)))
 			go_on = carry_out(node, request);
 		if (reader->link.sock >= 0 && polled[1].revents)

@@ -127,6 +127,14 @@ static void serve(struct sp_node *node, struct sp_arena *arena, const struct sp_
 
 	if (count > arena->pages - page)
 		count = arena->pages - page;
+	if (sp_mover_is_kept_aside(node, arena, fault->kind))
+		return;
+	if (atomic_load(&arena->gone)) {
+		if (fault->kind == SP_FAULT_MISSING)
+			sp_pager_poison(&node->mover.pager, arena->data + page * SP_PAGE_SIZE, 1);
+		sp_pager_wake(&node->mover.pager, arena->data + page * SP_PAGE_SIZE, 1);
+		return;
+	}
 	switch (fault->kind) {
 	case SP_FAULT_WRITE:
 		serve_write(node, arena, page);

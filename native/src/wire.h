@@ -143,6 +143,24 @@ struct wire_run {
 	uint64_t slot;
 };
 
+struct wire_clone { /* host, source arena, name and domain follow */
+	uint32_t flags;
+	uint32_t freeze_ms;
+	uint16_t host_bytes;
+	uint16_t source_bytes;
+	uint16_t name_bytes;
+	uint16_t domain_bytes;
+};
+
+struct wire_cloned { /* CLONING ends before the last field */
+	uint64_t pages, local, fetched, missing;
+	uint64_t freeze_us;
+};
+
+struct wire_evicted {
+	uint64_t held, spilled, kept, no_room;
+};
+
 struct wire_replace { /* runs follow */
 	uint32_t runs;
 	uint32_t zero;

@@ -8,17 +8,28 @@ every method raises ForkedError there, and the finalizers do nothing.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import math
 import os
 import threading
 import weakref
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
 from samepage import native
 from samepage.errors import ClosedError, ForkedError, InvalidArgumentError, OutOfMemoryError
-from samepage.reports import PAGE_SIZE, ArenaInfo, ArenaStats, HostAccount, NodeStats, ShareReport
+from samepage.reports import (
+    PAGE_SIZE,
+    ArenaInfo,
+    ArenaStats,
+    CloneProgress,
+    EvictReport,
+    HostAccount,
+    NodeStats,
+    ShareReport,
+)
 from samepage.sizes import check_fits, parse_size
 
 DEFAULT_DIRECTORY = "/run/samepage"
@@ -45,6 +56,8 @@ class _Connection:
 
     def __init__(self, directory: str) -> None:
         self.lock = threading.Lock()
+        self._uses = 0
+        self._unused = threading.Condition(self.lock)
         self.pid = os.getpid()
         self.pointer = native.connect(directory)
         self._finalizer = weakref.finalize(self, _disconnect, self.pointer, self.pid)
@@ -54,8 +67,27 @@ class _Connection:
     def closed(self) -> bool:
         return not self._finalizer.alive
 
-    def close(self) -> None:
+    @contextlib.contextmanager
+    def used(self) -> Iterator[native.NodePointer]:
+        """Lend the pointer; close() waits meanwhile, and other uses do not.
+
+        Raises:
+            ClosedError: the node is closed.
+        """
         with self.lock:
+            if self.closed:
+                raise ClosedError("the node is closed: connect() again")
+            self._uses += 1
+        try:
+            yield self.pointer
+        finally:
+            with self._unused:
+                self._uses -= 1
+                self._unused.notify_all()
+
+    def close(self) -> None:
+        with self._unused:
+            self._unused.wait_for(lambda: not self._uses)
             self._finalizer()
 
 
@@ -99,11 +131,87 @@ class Node:
         count = parse_size(size)
         check_fits(count)
         _refuse_fork(self._connection.pid)
-        with self._connection.lock:
-            if self.closed:
-                raise ClosedError("the node is closed: connect() again")
-            pointer = native.create_arena(self._connection.pointer, name, domain, count)
+        with self._connection.used() as node:
+            pointer = native.create_arena(node, name, domain, count)
         return Arena(self._connection, pointer, name)
+
+    def clone_arena(
+        self,
+        source: str,
+        name: str | None = None,
+        domain: str | None = None,
+        lazy: bool = False,
+        timeout: float = 300.0,
+        progress: Callable[[CloneProgress], object] | None = None,
+    ) -> Arena:
+        """Make an arena that is a copy of one on another host. Only what this host lacks is moved.
+
+        Args:
+            source: "HOST/ARENA", by their names in the cluster and on that host.
+            name: the new arena's; default: the source's.
+            domain: of both; default: this process's own, as for `create_arena`.
+            lazy: return at once; pages come when they are touched, and in the background.
+            timeout: seconds. A clone that takes longer leaves nothing behind.
+            progress: called with how far it is, as it goes on, in this thread. What it raises is
+                printed and ignored.
+
+        Raises:
+            NotFoundError: no such host, or no such arena there.
+            CloneTimeoutError: it took longer.
+            ServiceUnavailableError: the merger or the other host is away.
+            UnsupportedKernelError: the kernel or the merger lacks what it takes.
+            InvalidArgumentError, NameTakenError, OutOfMemoryError: as `create_arena` does.
+            ClosedError, ForkedError: as they say.
+        """
+        flags = native.CLONE_LAZY if lazy else 0
+        return self._clone(source, name, domain, flags, 0.0, timeout, progress)
+
+    def migrate_arena(
+        self,
+        source: str,
+        name: str | None = None,
+        domain: str | None = None,
+        max_freeze: float = 0.5,
+        timeout: float = 300.0,
+        progress: Callable[[CloneProgress], object] | None = None,
+    ) -> Arena:
+        """Move an arena here from another host: its process there has it no more.
+
+        Args:
+            source, name, domain, progress: as for `clone_arena`.
+            max_freeze: seconds for which its writers may have to wait at the end.
+            timeout: seconds until the arena is being made here; from then on it is not given up.
+
+        Raises:
+            CloneTimeoutError: it took longer, or the writers would have had to wait for longer: the
+                arena stayed where it was.
+            PinnedError: pages of the source are pinned for I/O.
+            NotFoundError and others: as `clone_arena` does.
+        """
+        return self._clone(
+            source, name, domain, native.CLONE_MIGRATE, max_freeze, timeout, progress
+        )
+
+    def _clone(
+        self,
+        source: str,
+        name: str | None,
+        domain: str | None,
+        flags: int,
+        max_freeze: float,
+        timeout: float,
+        progress: Callable[[CloneProgress], object] | None,
+    ) -> Arena:
+        host, slash, arena = source.partition("/")
+        if not (host and slash and arena):
+            raise InvalidArgumentError(f"{source!r} is no source: give HOST/ARENA")
+        milliseconds = _milliseconds(timeout)
+        freeze = _milliseconds(max_freeze) if flags & native.CLONE_MIGRATE else 0
+        options = native.CloneOptions(host, arena, name, domain, flags, freeze)
+        _refuse_fork(self._connection.pid)
+        with self._connection.used() as node:
+            pointer = native.clone_arena(node, options, milliseconds, progress)
+        return Arena(self._connection, pointer, name or arena)
 
     def arenas(self) -> list[ArenaInfo]:
         """Return the arenas of this host, of all processes, ordered by domain and name.
@@ -336,6 +444,30 @@ class Arena:
         """
         self.fetch(offset, size, timeout)
         return bytes(memoryview(self._open()).cast("B")[offset : offset + size])
+
+    def evict(
+        self, offset: int = 0, size: int | None = None, timeout: float = 300.0
+    ) -> EvictReport:
+        """Let whole pages leave this host's memory: those that other hosts hold, and the rest to
+        its disk. They come back when they are touched.
+
+        Args:
+            offset: bytes from the arena's start.
+            size: bytes; default: up to the arena's end.
+            timeout: seconds.
+
+        Raises:
+            EvictTimeoutError: it took longer; what was begun goes on.
+            ServiceUnavailableError: the merger is away, or it may not evict: see its log.
+            InvalidArgumentError, ClosedError, ForkedError, MigratedError: as they say.
+        """
+        milliseconds = _milliseconds(timeout)
+        memory = self._open()
+        first, end = self._pages_around(offset, size)
+        try:
+            return native.evict(self._pointer, first, end - first, milliseconds)
+        finally:
+            del memory
 
     def unshare(self) -> None:
         """Make every page private again; later passes may merge them once more.

@@ -7,6 +7,8 @@ SamepageError
 ├── ServiceUnavailableError             a daemon is away: memory is safe, try again later
 ├── ShareTimeoutError (TimeoutError)    what was begun goes on; ask again
 ├── FetchTimeoutError (TimeoutError)    pages go on coming; ask again
+├── CloneTimeoutError (TimeoutError)    the arena stayed where it is; ask again, or allow more time
+├── EvictTimeoutError (TimeoutError)    what was begun goes on; ask again
 ├── ProtocolVersionError                upgrade the older side
 ├── OutOfMemoryError (MemoryError)      ask for less
 ├── UnsupportedKernelError              see `samepage doctor`
@@ -14,6 +16,7 @@ SamepageError
 ├── SealedError                         the arena can only be read
 ├── PermissionDeniedError (PermissionError)   it is not for this process: ask the operator
 ├── LostError                           bytes are lost: no host has them any more
+├── MigratedError                       the arena is another host's now: use it there
 ├── ClosedError (ValueError)            the arena or node is closed
 ├── ForkedError                         connect anew in the child
 └── NotFoundError (LookupError)         no arena of that name
@@ -50,6 +53,15 @@ class FetchTimeoutError(SamepageError, TimeoutError):
     """Pages did not come from other hosts in time. They go on coming; ask again."""
 
 
+class CloneTimeoutError(SamepageError, TimeoutError):
+    """A clone or migration was not done in time, or not within the longest freeze that was allowed.
+    Nothing is left of it here, and the source is as it was."""
+
+
+class EvictTimeoutError(SamepageError, TimeoutError):
+    """evict() did not finish in time. What was begun goes on; ask again."""
+
+
 class ProtocolVersionError(SamepageError):
     """Library and daemon speak different protocol versions: upgrade the older one."""
 
@@ -78,6 +90,10 @@ class LostError(SamepageError):
     """Pages were on other hosts, and no host that held them is left. Touching one is a SIGBUS."""
 
 
+class MigratedError(SamepageError):
+    """The arena was migrated to another host: use it there. Touching it here is a SIGBUS."""
+
+
 class ClosedError(SamepageError, ValueError):
     """The arena or node was closed."""
 
@@ -87,4 +103,4 @@ class ForkedError(SamepageError):
 
 
 class NotFoundError(SamepageError, LookupError):
-    """There is no arena of that name."""
+    """There is no arena, or no host, of that name."""

@@ -11,12 +11,13 @@ import enum
 import errno
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from samepage import errors
-from samepage.reports import PAGE_SIZE, ArenaStats, ShareReport
+from samepage.reports import PAGE_SIZE, ArenaStats, CloneProgress, EvictReport, ShareReport
 
 if TYPE_CHECKING:
     import numpy as np
@@ -67,6 +68,8 @@ ERRORS: Mapping[int, type[errors.SamepageError]] = {
     errno.EPERM: errors.SealedError,
     errno.EBADF: errors.ClosedError,
     errno.ECHILD: errors.ForkedError,
+    errno.EREMOTE: errors.MigratedError,
+    errno.EHOSTUNREACH: errors.ServiceUnavailableError,
 }
 
 
@@ -94,6 +97,43 @@ class _ArenaStats(ctypes.Structure):
         (name, ctypes.c_uint64)
         for name in ("pages", "private", "shared", "absent", "evicted", "saved_bytes")
     ]
+
+
+class _EvictReport(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64) for name in ("held_elsewhere", "spilled", "kept", "no_room")
+    ]
+
+
+class _CloneProgress(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_uint64)
+        for name in ("local_bytes", "fetched_bytes", "missing_bytes", "freeze_us")
+    ]
+
+
+class _CloneOptions(ctypes.Structure):
+    _fields_ = [
+        ("source_host", ctypes.c_char_p),
+        ("source_arena", ctypes.c_char_p),
+        ("name", ctypes.c_char_p),
+        ("domain", ctypes.c_char_p),
+        ("flags", ctypes.c_uint32),
+        ("max_freeze_ms", ctypes.c_uint32),
+    ]
+
+
+_CloneCallback = ctypes.CFUNCTYPE(None, ctypes.POINTER(_CloneProgress), ctypes.c_void_p)
+CLONE_LAZY = 1
+CLONE_MIGRATE = 2
+#: What the errno of a clone means, where it is not the usual.
+_CLONE_ERRORS: Mapping[int, type[errors.SamepageError]] = {
+    errno.ENOENT: errors.NotFoundError,
+    errno.ETIMEDOUT: errors.CloneTimeoutError,
+    errno.EPERM: errors.PermissionDeniedError,
+    errno.EACCES: errors.PermissionDeniedError,
+    errno.EIO: errors.SamepageError,
+}
 
 
 def _candidates() -> list[Path]:
@@ -148,6 +188,16 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_arena_seal", number, [pointer]),
         ("sp_arena_discard", number, [pointer, ctypes.c_size_t, ctypes.c_size_t]),
         ("sp_arena_fetch", number, [pointer, ctypes.c_size_t, ctypes.c_size_t, number]),
+        (
+            "sp_arena_evict",
+            number,
+            [pointer, ctypes.c_size_t, ctypes.c_size_t, number, ctypes.POINTER(_EvictReport)],
+        ),
+        (
+            "sp_arena_clone",
+            number,
+            [pointer, ctypes.POINTER(_CloneOptions), number, _CloneCallback, pointer, out],
+        ),
         ("sp_arena_unshare", number, [pointer]),
         ("sp_arena_close", number, [pointer]),
         ("sp_arena_free", None, [pointer]),
@@ -309,6 +359,74 @@ def fetch(arena: ArenaPointer, offset: int, size: int, timeout_ms: int) -> None:
         _library().sp_arena_fetch(arena, offset, size, timeout_ms),
         {errno.ETIMEDOUT: errors.FetchTimeoutError},
     )
+
+
+def evict(arena: ArenaPointer, offset: int, size: int, timeout_ms: int) -> EvictReport:
+    """Let pages leave the host. Both numbers in bytes, whole pages.
+
+    Raises:
+        EvictTimeoutError: not done after `timeout_ms` milliseconds.
+        ServiceUnavailableError, InvalidArgumentError, ClosedError, ForkedError: as samepage.errors
+            says.
+    """
+    report = _EvictReport()
+    _check(
+        _library().sp_arena_evict(arena, offset, size, timeout_ms, ctypes.byref(report)),
+        {errno.ETIMEDOUT: errors.EvictTimeoutError},
+    )
+    return EvictReport(*(getattr(report, name) for name in EvictReport.__slots__))
+
+
+@dataclass(frozen=True, slots=True)
+class CloneOptions:
+    """What sp_arena_clone() makes; see samepage.h."""
+
+    source_host: str
+    source_arena: str
+    name: str | None
+    domain: str | None
+    flags: int
+    max_freeze_ms: int = 0
+
+
+def clone_arena(
+    node: NodePointer,
+    options: CloneOptions,
+    timeout_ms: int,
+    progress: Callable[[CloneProgress], object] | None,
+) -> ArenaPointer:
+    """Make a copy of an arena of another host; the caller frees it.
+
+    What `progress` raises is printed and ignored, as C cannot pass it on.
+
+    Raises:
+        CloneTimeoutError: not done after `timeout_ms` milliseconds, or the freeze was too long.
+        NotFoundError, NameTakenError, ServiceUnavailableError, UnsupportedKernelError and others:
+            as samepage.errors says.
+    """
+
+    def tell(told: Any, _: object) -> None:
+        if progress is not None:
+            names = CloneProgress.__slots__
+            progress(CloneProgress(*(getattr(told.contents, name) for name in names)))
+
+    packed = _CloneOptions(
+        _text(options.source_host, "the host"),
+        _text(options.source_arena, "the source arena"),
+        None if options.name is None else _text(options.name, "the name"),
+        None if options.domain is None else _text(options.domain, "the domain"),
+        options.flags,
+        options.max_freeze_ms,
+    )
+    arena = ctypes.c_void_p()
+    callback = _CloneCallback(tell)
+    _check(
+        _library().sp_arena_clone(
+            node, ctypes.byref(packed), timeout_ms, callback, None, ctypes.byref(arena)
+        ),
+        _CLONE_ERRORS,
+    )
+    return arena
 
 
 def unshare(arena: ArenaPointer) -> None:

@@ -63,6 +63,38 @@ class ArenaStats:
 
 
 @dataclass(frozen=True, slots=True)
+class EvictReport:
+    """What one `Arena.evict()` did to the pages of the range. Everything in pages.
+
+    Attributes:
+        held_elsewhere: gone: other hosts hold them.
+        spilled: gone: they are on this host's disk.
+        kept: here still: written meanwhile, pinned, or absent.
+        no_room: here still: no host holds them, and no disk has room.
+    """
+
+    held_elsewhere: int
+    spilled: int
+    kept: int
+    no_room: int
+
+
+@dataclass(frozen=True, slots=True)
+class CloneProgress:
+    """How far a clone is; the sum is the arena's bytes that are not just zeros.
+
+    Attributes:
+        local_bytes: found on this host.
+        fetched_bytes: come from other hosts.
+        missing_bytes: to come.
+    """
+
+    local_bytes: int
+    fetched_bytes: int
+    missing_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ArenaInfo:
     """An arena of this host, of whichever process, by the merger's books.
 

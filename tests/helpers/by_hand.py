@@ -66,11 +66,12 @@ class Merger:
         packet = wire.pack(Type.WELCOME, hello.seq, 0, wire.WELCOME.pack(self.window_bytes, 1, 0))
         socket.send_fds(self.agent, [packet], [self.window, self.device])
 
-    def open_arena(self) -> None:
-        """Answer ARENA_OPEN."""
+    def open_arena(self) -> wire.ArenaOpen:
+        """Answer ARENA_OPEN, and return what it says."""
         wanted = self.receive(Type.ARENA_OPEN)
         packet = wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, _opened(wanted))
         socket.send_fds(self.agent, [packet], [self.store])
+        return wire.unpack_arena_open(wanted)
 
     def order(self, kind: Type, payload: bytes) -> None:
         """Send an order to arena 1."""
@@ -159,11 +160,12 @@ class Scanner(Merger):
     name = "scanner.sock"
     window_bytes = SCANNER_WINDOW
 
-    def open_arena(self) -> None:
-        """Answer ARENA_OPEN."""
+    def open_arena(self) -> wire.ArenaOpen:
+        """Answer ARENA_OPEN, and return what it says."""
         wanted = self.receive(Type.ARENA_OPEN)
         packet = wire.pack(Type.ARENA_OPENED, wanted.seq, wanted.arena, _opened(wanted))
         self.agent.send(packet)
+        return wire.unpack_arena_open(wanted)
 
     def changed(self, page: int, count: int) -> list[tuple[int, int]]:
         """Which pages were written; all of the range must have been told of."""

@@ -1,0 +1,203 @@
+"""Clones, migrations and evictions as an application asks for them, with a merger by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from application import PAGE, Application, ApplicationError, content
+from helpers.by_hand import Merger
+
+from samepage.daemon import wire
+from samepage.daemon.wire import Outcome, Type
+
+pytestmark = pytest.mark.needs("root", "away")
+
+PAGES = 8
+DATA = content(3, PAGES)
+MIGRATE = 2
+
+
+@pytest.fixture
+def merger(tmp_path: Path) -> Iterator[Merger]:
+    made = Merger(tmp_path)
+    made.seal()
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def application(merger: Merger, tmp_path: Path) -> Iterator[Application]:
+    with Application(tmp_path) as made:
+        made.start("descriptors")
+        merger.welcome()
+        made.finish()
+        yield made
+
+
+def asked(merger: Merger) -> tuple[wire.Message, tuple[int, ...], list[str]]:
+    """The CLONE that comes next: what it says, in numbers and names."""
+    message = merger.receive(Type.CLONE)
+    flags, freeze, *lengths = wire.CLONE.unpack_from(message.payload)
+    names, at = [], wire.CLONE.size
+    for length in lengths:
+        names.append(message.payload[at : at + length].decode())
+        at += length
+    assert at == len(message.payload)
+    return message, (flags, freeze), names
+
+
+def tell(merger: Merger, clone: wire.Message, *counts: int, freeze: int | None = None) -> None:
+    kind = Type.CLONING if freeze is None else Type.CLONED
+    payload = wire.CLONING.pack(PAGES, *counts) + (
+        b"" if freeze is None else freeze.to_bytes(8, "little")
+    )
+    merger.agent.send(wire.pack(kind, clone.seq, clone.arena, payload))
+
+
+def refuse(merger: Merger, clone: wire.Message, error: int, text: str) -> None:
+    payload = wire.REFUSED.pack(error) + text.encode()
+    merger.agent.send(wire.pack(Type.REFUSED, clone.seq, clone.arena, payload))
+
+
+def test_a_clone_arrives_page_by_page(merger: Merger, application: Application) -> None:
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, numbers, names = asked(merger)
+    assert (numbers, names) == ((0, 0), ["host-b", "source", "copy", ""])
+    tell(merger, clone, 0, 0, PAGES)
+    wanted = merger.open_arena()
+    assert (wanted.name, wanted.pages, wanted.away) == ("copy", PAGES, 0)
+    assert merger.make_away(0, PAGES) == [Outcome.MERGED] * PAGES
+    assert merger.fill(DATA, (0, PAGES)) == [Outcome.MERGED] * PAGES
+    tell(merger, clone, 2, 4, 2)
+    tell(merger, clone, 2, 6, 0, freeze=0)
+    told = application.finish()
+    assert told[-1] == [2 * PAGE, 6 * PAGE, 0]
+    assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (2, "NotFoundError"),
+        (11, "ServiceUnavailableError"),
+        (17, "NameTakenError"),
+        (110, "CloneTimeoutError"),
+        (5, "SamepageError"),
+    ],
+)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_clone_that_is_refused_leaves_nothing(
+    merger: Merger, application: Application, error: int, kind: str, late: bool
+) -> None:
+    before = application.call("mapping_count")
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    if late:
+        tell(merger, clone, 0, 0, PAGES)
+        merger.open_arena()
+        merger.make_away(0, PAGES)
+    refuse(merger, clone, error, "so it is")
+    with pytest.raises(ApplicationError, match=f"{kind}: so it is"):
+        application.finish()
+    merger.receive(Type.ARENA_CLOSE)
+    assert application.call("mapping_count") <= before + 1
+
+
+def test_a_clone_that_takes_too_long_is_given_up(merger: Merger, application: Application) -> None:
+    application.start("clone", "clone_arena", "host-b/source", "copy", 0.2)
+    clone, _, _ = asked(merger)
+    with pytest.raises(ApplicationError, match="CloneTimeoutError"):
+        application.finish()
+    merger.receive(Type.ARENA_CLOSE)
+    tell(merger, clone, 0, 0, PAGES)  # too late
+    application.start("create", "other", PAGES)
+    merger.open_arena()
+    application.finish()
+
+
+def test_a_clone_ends_with_its_connection(merger: Merger, application: Application) -> None:
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    merger.make_away(0, PAGES)
+    merger.agent.close()
+    with pytest.raises(ApplicationError, match="ServiceUnavailableError"):
+        application.finish()
+    merger.welcome()
+    application.start("create", "other", PAGES)
+    assert merger.open_arena().name == "other"
+    application.finish()
+
+
+def test_a_migration_outlives_its_connection(merger: Merger, application: Application) -> None:
+    application.start("clone", "migrate_arena", "host-b/source", "copy", 1.0)
+    clone, numbers, _ = asked(merger)
+    assert numbers == (MIGRATE, 500)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    merger.make_away(0, PAGES)
+    merger.fill(DATA, (0, 5))
+    merger.agent.close()
+    merger.welcome()
+    assert merger.announced().away == 3
+    again, numbers, _ = asked(merger)
+    assert (again.arena, numbers[0]) == (clone.arena, MIGRATE)
+    merger.fill(DATA, (5, 3))
+    tell(merger, again, 0, PAGES, 0, freeze=1234)
+    application.finish()
+    assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
+
+
+def test_a_migration_that_the_merger_forgot_is_dropped(
+    merger: Merger, application: Application
+) -> None:
+    application.start("clone", "migrate_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    merger.agent.close()
+    merger.welcome()
+    merger.announced()
+    again, _, _ = asked(merger)
+    refuse(merger, again, 2, "nothing is known of it")
+    with pytest.raises(ApplicationError, match="NotFoundError: nothing is known"):
+        application.finish()
+    merger.receive(Type.ARENA_CLOSE)
+
+
+@pytest.mark.parametrize("source", ["", "host", "host/", "/arena"])
+def test_sources_that_are_none(merger: Merger, application: Application, source: str) -> None:
+    with pytest.raises(ApplicationError, match=r"InvalidArgumentError: .*HOST/ARENA"):
+        application.call("clone", "clone_arena", source, "copy")
+
+
+@pytest.mark.parametrize("payload", [bytes(31), bytes(32), bytes(40)])
+def test_bad_answers_end_the_connection(
+    merger: Merger, application: Application, payload: bytes
+) -> None:
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    merger.agent.send(wire.pack(Type.CLONING, clone.seq, clone.arena, payload))
+    with pytest.raises(ApplicationError, match="ServiceUnavailableError"):
+        application.finish()
+    merger.welcome()
+
+
+def test_evicting_by_the_application(merger: Merger, application: Application) -> None:
+    application.start("create", "a", PAGES)
+    merger.open_arena()
+    application.finish()
+    application.start("evict", "a")
+    wanted = merger.receive(Type.EVICT_ARENA)
+    assert wire.unpack(wire.PAGE_RANGE, wanted) == (0, PAGES)
+    payload = wire.EVICTED.pack(1, 2, 3, 2)
+    merger.agent.send(wire.pack(Type.EVICTED, wanted.seq, 1, payload))
+    assert application.finish() == {"held_elsewhere": 1, "spilled": 2, "kept": 3, "no_room": 2}
+    application.start("evict", "a")
+    wanted = merger.receive(Type.EVICT_ARENA)
+    refuse(merger, wanted, 107, "eviction is switched off")
+    with pytest.raises(ApplicationError, match="ServiceUnavailableError: eviction is"):
+        application.finish()
