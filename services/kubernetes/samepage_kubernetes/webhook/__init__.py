@@ -1,0 +1,1 @@
+"""The webhook: gives pods that ask for it the sockets, a token and the environment."""
