@@ -12,7 +12,7 @@ import mmap
 import numpy as np
 import numpy.typing as npt
 
-from samepage_merger.runs import Int64s, index, is_run
+from samepage_merger.runs import Int64s, index
 
 #: What a page maps that maps no slot: slot 0 is never given.
 PRIVATE = 0
@@ -52,29 +52,39 @@ class PageMap:
         """Let each page (named once) map its slot, or none; return what they mapped before."""
         at = index(pages)
         before: Int64s = self._slots[at].astype(np.int64)
-        if slots.size and int(slots.max()) > _NARROW_MAX and self._slots.itemsize == 4:
+        if slots.size and int(np.maximum.reduce(slots)) > _NARROW_MAX and self._slots.itemsize == 4:
             self._widen()
-        around = self._around(pages)
-        self.mappings -= int(np.count_nonzero(self.breaks(around)))
+        around = self._around(at)
+        self.mappings -= int(np.count_nonzero(self._breaks(around)))
         self._slots[at] = slots
-        self.mappings += int(np.count_nonzero(self.breaks(around)))
-        change = (slots != PRIVATE).astype(np.int32) - (before != PRIVATE).astype(np.int32)
-        np.add.at(self._in_block, pages >> _BLOCK_SHIFT, change)
-        self.shared += int(change.sum())
+        self.mappings += int(np.count_nonzero(self._breaks(around)))
+        more = int(np.count_nonzero(slots)) - int(np.count_nonzero(before))
+        if isinstance(at, slice) and at.start >> _BLOCK_SHIFT == (at.stop - 1) >> _BLOCK_SHIFT:
+            self._in_block[at.start >> _BLOCK_SHIFT] += more
+        else:
+            change = (slots != PRIVATE).view(np.int8) - (before != PRIVATE).view(np.int8)
+            np.add.at(self._in_block, pages >> _BLOCK_SHIFT, change)
+        self.shared += more
         return before
 
     def breaks(self, pages: Int64s) -> npt.NDArray[np.bool_]:
         """Return whether a mapping ends with each page; none is the arena's last."""
-        here, following = self.slots(pages), self.slots(pages + 1)
+        return self._breaks(index(pages))
+
+    def _breaks(self, at: Int64s | slice) -> npt.NDArray[np.bool_]:
+        if isinstance(at, slice):
+            slots = self._slots[at.start : at.stop + 1].astype(np.int64)
+            here, following = slots[:-1], slots[1:]
+        else:
+            here, following = self.slots(at), self.slots(at + 1)
         ends: npt.NDArray[np.bool_] = following != here + (here != PRIVATE)
         return ends
 
-    def _around(self, pages: Int64s) -> Int64s:
+    def _around(self, at: Int64s | slice) -> Int64s | slice:
         """The pages, and those before them, with which mappings may end."""
-        if is_run(pages):
-            low, high = max(int(pages[0]) - 1, 0), min(int(pages[-1]), self.pages - 2)
-            return np.arange(low, high + 1)
-        around = np.unique(np.concatenate((pages - 1, pages)))
+        if isinstance(at, slice):
+            return slice(max(at.start - 1, 0), min(at.stop, self.pages - 1))
+        around = np.unique(np.concatenate((at - 1, at)))
         return around[(around >= 0) & (around < self.pages - 1)]
 
     def mapped(self, first: int = 0, count: int | None = None) -> Int64s:
