@@ -11,6 +11,8 @@ import pytest
 from helpers.chart import CASES, Manifest, named, objects, pods
 
 from samepage.daemon.config import load
+from samepage.daemon.identity.base import Subject
+from samepage.daemon.identity.policy import Policy
 from samepage_index.config import IndexConfig
 from samepage_kubernetes.device_plugin.config import Config as DevicePluginConfig
 from samepage_merger.config import Config as MergerConfig
@@ -150,7 +152,9 @@ def assert_mounted(settings: Any, container: Manifest, root: Path) -> None:
     """Every file and directory of the settings lies in a volume."""
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     for field, value in vars(settings).items():
-        if isinstance(value, Path) and field != "device":
+        asks = getattr(settings, "identity", "token") == "token"
+        unused = field == "device" or (field.startswith("token_") and not asks)
+        if isinstance(value, Path) and not unused:
             place = Path("/", value.relative_to(root)) if value.is_relative_to(root) else value
             assert any(place.is_relative_to(mount) for mount in mounts), (field, value)
 
@@ -161,6 +165,32 @@ def probed_port(container: Manifest) -> int:
     assert isinstance(port, int)
     assert port in [each["containerPort"] for each in container["ports"]]
     return port
+
+
+def test_trust_groups_are_a_policy(tmp_path: Path) -> None:
+    path = tmp_path / "policy.toml"
+    path.write_text(named("trust-groups", "ConfigMap", "identity")["data"]["policy.toml"])
+    policy = Policy(path, tokens=True)
+
+    def domain(namespace: str, account: str = "default") -> str:
+        subject = Subject(uid=1000, gids=frozenset(), namespace=namespace, service_account=account)
+        return policy.choose(subject, "")
+
+    assert domain("cart-eu") == "shop"
+    assert domain("serving") == domain("batch", "llm") == "models"
+    assert domain("batch") == "batch"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nobody_may_more_than_review_tokens(case: str) -> None:
+    rules = [
+        rule
+        for each in objects(case)
+        if each["kind"] in ("Role", "ClusterRole")
+        for rule in each["rules"]
+    ]
+    review = {"apiGroups": ["authentication.k8s.io"], "resources": ["tokenreviews"]}
+    assert rules == ([] if case == "socket-identity" else [{**review, "verbs": ["create"]}])
 
 
 def test_a_settings_value_of_the_users_wins() -> None:

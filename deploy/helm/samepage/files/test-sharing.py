@@ -7,16 +7,26 @@ import sys
 import samepage
 
 SIZE = 16 << 20
+PAGES = SIZE // 4096
 SHARED_AT_LEAST = 0.9
 
 
 def fill(name: str) -> None:
+    """In each process: do what the lines of standard input say."""
     with samepage.connect() as node, node.create_arena(name, size=SIZE) as arena:
-        for page in range(0, SIZE, 4096):
-            arena.buffer[page : page + 16] = b"samepage%8d" % page
-        print(arena.share(timeout=60.0), flush=True)
-        print(arena.stats().shared, flush=True)
-        sys.stdin.readline()
+        for page in range(PAGES):
+            start = page * 4096
+            arena.buffer[start : start + 16] = b"samepage%8d" % page
+        print("filled", flush=True)
+        for _ in sys.stdin:
+            print(arena.share(timeout=60.0).shared, flush=True)
+
+
+def ask(process: subprocess.Popen) -> int:
+    """Let a process share; returns how many of its pages are shared then."""
+    process.stdin.write("share\n")
+    process.stdin.flush()
+    return int(process.stdout.readline())
 
 
 def main() -> None:
@@ -24,19 +34,19 @@ def main() -> None:
         return fill(sys.argv[1])
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     command = [sys.executable, __file__]
-    tag = os.environ.get("HOSTNAME", "test")
+    name = os.environ.get("HOSTNAME", "test")
     with (
-        subprocess.Popen([*command, f"{tag}-1"], **pipes) as first,
-        subprocess.Popen([*command, f"{tag}-2"], **pipes) as second,
+        subprocess.Popen([*command, f"{name}-1"], **pipes) as first,
+        subprocess.Popen([*command, f"{name}-2"], **pipes) as second,
     ):
         for process in (first, second):
-            print(process.stdout.readline().strip())
-            shared = int(process.stdout.readline())
-            print(f"{shared} of {SIZE // 4096} pages are shared")
-        for process in (first, second):
-            process.stdin.close()
-    if shared < SHARED_AT_LEAST * SIZE // 4096:
-        sys.exit("too few: `kubectl exec` into the agent, `samepage doctor` says why")
+            if process.stdout.readline() != "filled\n":
+                sys.exit("a process cannot use samepage: the lines above say why")
+        ask(first)
+        shared = [ask(second), ask(first)]
+    print(f"of {PAGES} pages each, {shared} are shared")
+    if min(shared) < SHARED_AT_LEAST * PAGES:
+        sys.exit("too few: `kubectl exec` into the merger, `samepage doctor` says why")
 
 
 main()

@@ -160,3 +160,43 @@ readinessProbe:
 {{ int .Values.index.replicas }}
 {{- end -}}
 {{- end }}
+
+{{/* The chart's settings of who is who, as JSON; takes $. */}}
+{{- define "samepage.identitySettings" -}}
+{{- $settings := dict "identity" .Values.identity.mode -}}
+{{- if eq .Values.identity.mode "token" -}}
+{{- $settings = set $settings "token_audience" .Values.identity.audience -}}
+{{- if .Values.identity.trustGroups -}}
+{{- $settings = set $settings "identity_policy_file" "/etc/samepage/identity/policy.toml" -}}
+{{- end -}}
+{{- end -}}
+{{ toJson $settings }}
+{{- end }}
+
+{{/* What an application's container and pod need: the node's sockets, and a token for them. Each takes $. */}}
+{{- define "samepage.clientEnvironment" -}}
+- {name: SAMEPAGE_DIR, value: /run/samepage}
+{{- if eq .Values.identity.mode "token" }}
+- {name: SAMEPAGE_TOKEN_FILE, value: /var/run/secrets/samepage.io/token}
+{{- end }}
+{{- end }}
+{{- define "samepage.clientMounts" -}}
+- {name: samepage, mountPath: /run/samepage, readOnly: true}
+{{- if eq .Values.identity.mode "token" }}
+- {name: samepage-token, mountPath: /var/run/secrets/samepage.io, readOnly: true}
+{{- end }}
+{{- end }}
+{{- define "samepage.clientVolumes" -}}
+- name: samepage
+  hostPath: {path: {{ .Values.agent.socketDir }}, type: Directory}
+{{- if eq .Values.identity.mode "token" }}
+- name: samepage-token
+  projected:
+    sources: [{serviceAccountToken: {audience: {{ toJson .Values.identity.audience }}, expirationSeconds: 3600, path: token}}]
+{{- end }}
+{{- end }}
+
+{{/* Where daemons listen for others. */}}
+{{- define "samepage.anyAddress" -}}
+{{ if .Values.ipv6 }}[::]{{ else }}0.0.0.0{{ end }}
+{{- end }}
