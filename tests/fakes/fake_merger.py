@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import struct
 from collections.abc import AsyncIterator, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ class FakeMerger(merger_pb2_grpc.MergerServicer):
         runs: every run it was asked for: leader's arena and page ("zero", 0 for none), follower's
             arena and page, count.
         requested: set by every request.
+        evicted: arena, first page and count of every run that was to be evicted.
         refused: the name of an arena whose runs make a request INVALID_ARGUMENT.
         hold: when set, a request waits for it after its first page.
     """
@@ -35,6 +37,7 @@ class FakeMerger(merger_pb2_grpc.MergerServicer):
         self.agents = list(agents)
         self.runs: list[Run] = []
         self.domains: list[str] = []
+        self.evicted: list[tuple[str, int, int]] = []
         self.requested = asyncio.Event()
         self.hold: asyncio.Event | None = None
         self.refused = ""
@@ -51,6 +54,30 @@ class FakeMerger(merger_pb2_grpc.MergerServicer):
     async def stop(self) -> None:
         """End at once, requests in flight included."""
         await self._server.stop(None)
+
+    async def Evict(
+        self, request: merger_pb2.EvictRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.EvictResponse]:
+        """Note what should leave; it all does."""
+        pages = 0
+        for number, page, count in struct.iter_unpack("<IQQ", request.runs):
+            key = request.arenas[number]
+            [name] = [
+                arena.name
+                for agent in self.agents
+                for arena in agent.arenas.values()
+                if (agent.agent, arena.number) == (key.agent, key.arena)
+            ]
+            self.evicted.append((name, page, count))
+            pages += count
+        yield merger_pb2.EvictResponse(spilled=pages)
+        yield merger_pb2.EvictResponse(done=True)
+
+    async def EvictArena(
+        self, request: merger_pb2.EvictArenaRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.EvictResponse]:
+        """Not for the scanner: does nothing."""
+        yield merger_pb2.EvictResponse(done=True)
 
     async def Merge(
         self, request: merger_pb2.MergeRequest, context: Context

@@ -81,9 +81,7 @@ class PagesHost(MergerHost):
         self.snapshots = Snapshots(
             self.domains, self.orders, self.promoter, self.local, self.fetcher
         )
-        self.servicer = PagesServicer(  # type: ignore[abstract]
-            self.domains, self.local, self.snapshots
-        )
+        self.servicer = PagesServicer(self.domains, self.local, self.snapshots)
         self.server, self.address = await serve(
             lambda server: pages_pb2_grpc.add_PagesServicer_to_server(self.servicer, server)
         )
@@ -149,11 +147,15 @@ class PagesCluster:
         directory.mkdir(exist_ok=True)
         if name not in self._stores:
             self._stores[name] = self._stack.enter_context(store_directory())
-        host = PagesHost(name, directory, self._stores[name], self._address)
+        host = self.make_host(name, directory, self._stores[name], self._address)
         await host.start()
         self.hosts[name] = host
         self.index.hosts[name] = host.address
         return host
+
+    def make_host(self, name: str, directory: Path, store: Path, index: str) -> PagesHost:
+        """Return a new host, not started."""
+        return PagesHost(name, directory, store, index)
 
     async def kill(self, name: str) -> None:
         """End a host's merger as kill -9 does; its lease goes on."""

@@ -95,10 +95,10 @@ class Agents:
     Args:
         domains: the books to keep.
         wake: called when an arena went to limbo.
-        requests: who answers what agents ask for about away pages; None where nobody does.
         identity: says which domains an agent may use.
 
     Attributes:
+        requests: who answers what agents ask for about away pages; None where nobody does.
         clones: who makes clones; None where nobody does.
     """
 
@@ -106,14 +106,13 @@ class Agents:
         self,
         domains: Domains,
         wake: Callable[[], None],
-        requests: AwayRequests | None = None,
         identity: Identity | None = None,
     ) -> None:
         self._domains = domains
         self._identity = identity or SocketIdentity()
         self._wake = wake
-        self._requests = requests
         self.clones: CloneRequests | None = None
+        self.requests: AwayRequests | None = None
         self._evictions: set[asyncio.Task[None]] = set()
         self._sessions: dict[Peer, Session] = {}
         self._by_agent: dict[bytes, Session] = {}
@@ -341,23 +340,23 @@ class Agents:
             announcement.next_away = int(pages[-1]) + 1
             if bool(arena.map.slots(pages).any()):
                 raise wire.ProtocolError("AWAY_PAGES that map slots")
-            arena.away.add(pages, digests_of(records))
+            arena.domain.announce_away(arena, pages, digests_of(records))
         self._finish_if_complete(session, arena)
 
     def _fetch(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         arena = session.arenas.get(message.arena)
-        if arena is None or self._requests is None:
+        if arena is None or self.requests is None:
             return
-        self._requests.fetch(arena, arena.away.within(*_ranges(arena, message)))
+        self.requests.fetch(arena, arena.away.within(*_ranges(arena, message)))
 
     def _evict(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         arena = session.arenas.get(message.arena)
         if arena is None:
             raise RefusedError(errno.ENOENT, _UNKNOWN)
-        if self._requests is None:
+        if self.requests is None:
             raise RefusedError(errno.EOPNOTSUPP, "this merger evicts nothing")
         work = self._answer_eviction(
-            session, message, self._requests.evict(arena, *_ranges(arena, message))
+            session, message, self.requests.evict(arena, *_ranges(arena, message))
         )
         task = asyncio.ensure_future(work)
         self._evictions.add(task)

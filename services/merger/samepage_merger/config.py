@@ -14,6 +14,8 @@ from samepage.daemon.metrics import check_metrics_listen
 from samepage.daemon.tls import NetworkSettings
 
 SECTION = "merger"
+#: How many other hosts may hold pages for this one at a time.
+HOSTS_MAX = 64
 
 _VMAS_MIN = 16
 _VMAS_MAX = 1 << 30
@@ -83,6 +85,31 @@ class Config(NetworkSettings, IdentitySettings):
         "How long an agent has to answer an order, in seconds. The pages of one that does not "
         "are left as they are, and the others go on.",
     )
+    min_holders: int = setting(
+        2,
+        "How many other live hosts must hold a page under a lease before it may leave this host's "
+        "memory for being there, 1 to 64. A policy. With fewer, it goes to the spill file, if "
+        "there is one, or stays.",
+    )
+    hold_lease_seconds: float = setting(
+        3600.0,
+        "How long other hosts hold pages for this one unless it renews that, in seconds, 10 or "
+        "more; it does so three times in that time. This host's merger may be away for so long.",
+    )
+    spill_dir: Path | None = setting(
+        None,
+        "Directory on a disk for evicted pages that not enough other hosts hold, this merger's "
+        "alone; made if missing. What applications have in memory is there in the clear. Empty: "
+        "nothing is spilled.",
+    )
+    spill_limit_bytes: int = setting(
+        8 << 30, "How many bytes the spill files may take, of all domains together. A policy."
+    )
+    lost_seconds: float = setting(
+        30.0,
+        "For how long everybody who might have the bytes of an away page must say that he has "
+        "not, in seconds, before whoever touches it gets an error instead of waiting.",
+    )
     metrics_listen: str = setting(
         "",
         "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
@@ -112,6 +139,13 @@ class Config(NetworkSettings, IdentitySettings):
             self.vma_budget == 0 or _VMAS_MIN <= self.vma_budget <= _VMAS_MAX,
             f"vma_budget must be 0, or {_VMAS_MIN} to {_VMAS_MAX}, not {self.vma_budget}",
         )
+        require(
+            1 <= self.min_holders <= HOSTS_MAX,
+            f"min_holders must be 1 to {HOSTS_MAX}, not {self.min_holders}",
+        )
+        require(10 <= self.hold_lease_seconds <= 86400, "hold_lease_seconds must be 10 to 86400")
+        require(self.spill_limit_bytes >= 0, "spill_limit_bytes must be 0 or more")
+        require(self.lost_seconds >= 0, "lost_seconds must be 0 or more")
         require(self.order_timeout_seconds > 0, "order_timeout_seconds must be more than 0")
         require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
         check_metrics_listen(self.metrics_listen)

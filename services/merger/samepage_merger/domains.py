@@ -29,7 +29,7 @@ import structlog
 from samepage.daemon import secrets, wire
 from samepage.daemon.peers import Outcomes, Peer
 from samepage_merger.books import Books
-from samepage_merger.cluster.away import AwayMap, Digests, Pins
+from samepage_merger.cluster.away import AwayMap, Digests, Pins, no_digests
 from samepage_merger.cluster.catalog import Catalog
 from samepage_merger.cluster.digests import Digester
 from samepage_merger.cluster.holdfile import HoldFile
@@ -343,10 +343,19 @@ class Domain:
         self._release_stale(arena)
         self.close(arena)
 
+    def announce_away(self, arena: Arena, pages: Int64s, digests: Digests) -> None:
+        """Take in away pages that an agent announced."""
+        arena.away.add(pages, digests)
+        self.pins.note(digests)
+
+    def away(self) -> Digests:
+        """Return the digests of all away pages, in no order."""
+        maps = [away for arena in self.arenas for away in (arena.away, *arena.previous_away)]
+        return np.concatenate([no_digests(), *(away.digests(away.all()) for away in maps)])
+
     def needed(self) -> Digests:
         """Return the digests that somebody of this host needs from elsewhere, in no order."""
-        maps = [away for arena in self.arenas for away in (arena.away, *arena.previous_away)]
-        return np.concatenate([self.pins.all(), *(away.digests(away.all()) for away in maps)])
+        return np.concatenate([self.away(), self.pins.all()])
 
     def knows_all(self) -> bool:
         """Return whether no living process has an arena here that has yet to announce itself."""

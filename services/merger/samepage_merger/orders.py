@@ -206,7 +206,7 @@ class Orders:
     ) -> Outcomes:
         """Send an order of version 3: EVICT, with digests, or one that ends pages' being away."""
         session = arena.session
-        if session is None:
+        if session is None or not pages.size:
             return np.full(pages.size, GONE, np.uint8)
         if session.peer.version < wire.SINCE[kind]:
             return np.full(pages.size, Outcome.UNSUPPORTED, np.uint8)

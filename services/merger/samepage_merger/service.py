@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import os
 import resource
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
 import grpc
@@ -27,11 +28,14 @@ from samepage_merger import metrics
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
 from samepage_merger.cluster import landing
+from samepage_merger.cluster import metrics as cluster_metrics
 from samepage_merger.cluster.clone import Clones, Services
+from samepage_merger.cluster.elsewhere import Elsewhere
 from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.handover import HandOvers
 from samepage_merger.cluster.hosts import Hosts
 from samepage_merger.cluster.journal import Journal
+from samepage_merger.cluster.letting_go import let_go
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.locator import Locator
 from samepage_merger.cluster.pages import PagesServicer
@@ -72,6 +76,8 @@ class MergerService:
         self._hosts: Hosts | None = None
         self._clones: Clones | None = None
         self._handovers: HandOvers | None = None
+        self._elsewhere: Elsewhere | None = None
+        self._let_go: Callable[[float], Awaitable[None]] | None = None
         self._collect: Callable[[], Iterable[Metric]] | None = None
         self._janitor: asyncio.Task[None] | None = None
         self._identity: Identity | None = None
@@ -119,23 +125,19 @@ class MergerService:
         orders = Orders(config.order_timeout_seconds)
         mappings = MappingBudget(policies, orders)
         engine = MergeEngine(agents.find, Tools(orders, headroom, mappings))
-        self._servicer = MergerServicer(
-            config.node_name,
-            domains,
-            agents,
-            engine,
-            Unsharer(domains, orders),
-            Accountant(config.node_name, domains, orders),
-            headroom,
-            policies,
-        )
         self._locator = Locator(config.scanner_target, agents.find)
         self._hosts = Hosts(config.node_name, config.index, Tls.of(config.tls_files))
         fetcher = Fetcher(self._hosts)
         promoter = Promoter(orders)
         local = Local(self._locator, promoter)
         snapshots = Snapshots(domains, orders, promoter, local, fetcher)
-        self._pages = PagesServicer(domains, local, snapshots)  # type: ignore[abstract]
+        self._pages = PagesServicer(domains, local, snapshots)
+        self._elsewhere = Elsewhere(
+            policies, domains, agents.find, orders, self._hosts, fetcher, secret
+        )
+        agents.requests = self._elsewhere
+        self._pages.keeper = self._elsewhere.keeper
+        self._let_go = functools.partial(let_go, domains, self._hosts)
         journal = Journal(config.store_path)
         self._handovers = HandOvers(self._hosts, journal, domains)
         agents.clones = self._clones = Clones(
@@ -145,16 +147,32 @@ class MergerService:
                 landing.Tools(orders, headroom, mappings, local, fetcher),
                 domains,
                 journal,
+                config.hold_lease_seconds,
+                exempt=self._elsewhere.keeper.exempt,
+                granted=self._elsewhere.grants.add,
             ),
             self._handovers,
         )
         self._handovers.start()
-        hosts, pages = self._hosts, self._pages
+        self._servicer = MergerServicer(
+            config.node_name,
+            domains,
+            agents,
+            engine,
+            Unsharer(domains, orders),
+            Accountant(config.node_name, domains, orders),
+            headroom,
+            policies,
+            self._elsewhere,
+        )
+        hosts, pages, elsewhere = self._hosts, self._pages, self._elsewhere
         self._collect = lambda: (
             *metrics.collect(domains, stores, agents, engine),
             *metrics.collect_cluster(domains, hosts, fetcher, pages),
+            *cluster_metrics.collect(elsewhere),
         )
         self._start_peers(agents)
+        self._elsewhere.start()
         self._janitor = asyncio.ensure_future(janitor.run_forever())
         self._janitor.add_done_callback(self._janitor_ended)
         # What is there now lives as long as the process: no collection needs to look at it.
@@ -166,7 +184,10 @@ class MergerService:
         return self._collect()
 
     async def drain(self) -> None:
-        """End the streams of other mergers; other calls in flight finish their steps."""
+        """Let go of what other hosts need no more, and end the streams of other mergers; other
+        calls in flight finish their steps."""
+        if self._let_go is not None:
+            await self._let_go(self._config.drain_seconds / 2)
         if self._pages is not None:
             self._pages.drain()
 
@@ -179,6 +200,8 @@ class MergerService:
             await self._clones.close()
         if self._handovers is not None:
             await self._handovers.close()
+        if self._elsewhere is not None:
+            await self._elsewhere.close()
         if self._hosts is not None:
             await self._hosts.close()
         if self._locator is not None:

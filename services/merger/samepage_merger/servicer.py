@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -18,8 +18,11 @@ from samepage.errors import InvalidArgumentError, NotFoundError
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 from samepage_merger.accounts import Accountant, Share, split
 from samepage_merger.agents import Agents
+from samepage_merger.cluster.elsewhere import Elsewhere
+from samepage_merger.cluster.eviction import OUTCOME_NAMES as OUTCOMES_OF_EVICTION
+from samepage_merger.cluster.eviction import Counts
 from samepage_merger.config import Config
-from samepage_merger.domains import Domains
+from samepage_merger.domains import Domains, RefusedError
 from samepage_merger.headroom import Headroom
 from samepage_merger.merging import MergeEngine, Progress
 from samepage_merger.pairs import OUTCOME_NAMES
@@ -41,6 +44,7 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         accountant: Accountant,
         headroom: Headroom,
         policies: Policies[Config],
+        elsewhere: Elsewhere,
     ) -> None:
         self._node = node
         self._domains = domains
@@ -50,6 +54,7 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         self._accountant = accountant
         self._headroom = headroom
         self._policies = policies
+        self._elsewhere = elsewhere
 
     async def Merge(
         self, request: merger_pb2.MergeRequest, context: Context
@@ -64,6 +69,24 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         except InvalidArgumentError as error:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         yield merger_pb2.MergeResponse(done=True)
+
+    async def Evict(
+        self, request: merger_pb2.EvictRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.EvictResponse]:
+        """Let cold pages leave."""
+        keys = [(key.agent, key.arena) for key in request.arenas]
+        evicting = self._elsewhere.evictor.evict(request.domain, keys, request.runs)
+        async for response in _evicted(evicting, context):
+            yield response
+
+    async def EvictArena(
+        self, request: merger_pb2.EvictArenaRequest, context: Context
+    ) -> AsyncIterator[merger_pb2.EvictResponse]:
+        """Let all of an arena leave."""
+        domain = request.domain or "default"
+        evicting = self._elsewhere.evictor.evict_arena(domain, request.arena)
+        async for response in _evicted(evicting, context):
+            yield response
 
     async def ListArenas(
         self, request: merger_pb2.ListArenasRequest, context: Context
@@ -121,6 +144,7 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
             headroom_bytes=self._headroom.left_bytes(),
             available_bytes=self._headroom.available_bytes(),
             no_headroom_total=self._headroom.refused,
+            **self._elsewhere.status(),
         )
 
     async def GetPolicy(
@@ -140,6 +164,25 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
         policy = self._policies.fill(merger_pb2.MergerPolicy())
         return merger_pb2.SetMergerPolicyResponse(policy=policy)
+
+
+async def _evicted(
+    evicting: AsyncGenerator[Counts, None], context: Context
+) -> AsyncIterator[merger_pb2.EvictResponse]:
+    try:
+        async with contextlib.aclosing(evicting):
+            async for counts in evicting:
+                if counts.any():
+                    yield merger_pb2.EvictResponse(
+                        **dict(zip(OUTCOMES_OF_EVICTION, counts.tolist(), strict=True))
+                    )
+    except InvalidArgumentError as error:
+        await context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+    except NotFoundError as error:
+        await context.abort(grpc.StatusCode.NOT_FOUND, str(error))
+    except RefusedError as refused:
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, refused.args[1])
+    yield merger_pb2.EvictResponse(done=True)
 
 
 def _response(progress: Progress) -> merger_pb2.MergeResponse:

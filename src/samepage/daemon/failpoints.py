@@ -34,6 +34,12 @@ FAILPOINTS: dict[str, str] = {
     "migrate.frozen": "the last round has come, and the source is frozen",
     "migrate.noted": "it is noted that the source is asked to leave",
     "migrate.left": "the source has answered whether it left",
+    "evict.read": "pages that are to be evicted were read",
+    "evict.held": "other hosts were asked to hold pages that are to be evicted",
+    "evict.safe": "pages that are to be evicted are safe elsewhere",
+    "evict.gone": "the agent has let go of evicted pages",
+    "return.supplied": "the bytes of away pages were found",
+    "return.filled": "away pages have their bytes again",
     "spill.written": "pages were written to the spill file, and not synced",
     "spill.synced": "pages are in the spill file, and nobody knows",
 }

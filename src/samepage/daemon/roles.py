@@ -50,6 +50,7 @@ ALLOWED: dict[str, frozenset[Role]] = {
     "samepage.v1.Index/Publish": frozenset({Role.SCANNER}),
     "samepage.v1.Merger": frozenset({Role.OPERATOR}),
     "samepage.v1.Merger/Merge": frozenset({Role.SCANNER}),
+    "samepage.v1.Merger/Evict": frozenset({Role.SCANNER, Role.OPERATOR}),
     "samepage.v1.Merger/GetMergerStatus": frozenset({Role.SCANNER, Role.OPERATOR}),
     "samepage.v1.Pages": frozenset({Role.MERGER}),
     "samepage.v1.Scanner": frozenset({Role.OPERATOR}),

@@ -559,6 +559,14 @@ class GetMergerStatusResponse(_message.Message):
     HEADROOM_BYTES_FIELD_NUMBER: _builtins.int
     AVAILABLE_BYTES_FIELD_NUMBER: _builtins.int
     NO_HEADROOM_TOTAL_FIELD_NUMBER: _builtins.int
+    AWAY_PAGES_FIELD_NUMBER: _builtins.int
+    HELD_ELSEWHERE_FIELD_NUMBER: _builtins.int
+    SPILLED_FIELD_NUMBER: _builtins.int
+    SPILL_BYTES_FIELD_NUMBER: _builtins.int
+    HELD_FOR_OTHERS_FIELD_NUMBER: _builtins.int
+    EVICTED_TOTAL_FIELD_NUMBER: _builtins.int
+    RETURNED_TOTAL_FIELD_NUMBER: _builtins.int
+    LOST_TOTAL_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     agents: _builtins.int
     arenas: _builtins.int
@@ -583,6 +591,19 @@ class GetMergerStatusResponse(_message.Message):
     """Bytes of the host's memory that undone merges may count on."""
     no_headroom_total: _builtins.int
     """Pages refused for want of headroom, since start."""
+    away_pages: _builtins.int
+    """Arena pages that are away: evicted, or of a lazy clone and not here yet."""
+    held_elsewhere: _builtins.int
+    """Of them, by digest: those that other hosts hold for this one, and those in the spill files."""
+    spilled: _builtins.int
+    spill_bytes: _builtins.int
+    """Bytes that the spill files take on disk."""
+    held_for_others: _builtins.int
+    """Slots that this host holds for others, each as often as it is held."""
+    evicted_total: _builtins.int
+    """Pages since start: evicted, brought back, and lost for good."""
+    returned_total: _builtins.int
+    lost_total: _builtins.int
     def __init__(
         self,
         *,
@@ -600,10 +621,18 @@ class GetMergerStatusResponse(_message.Message):
         headroom_bytes: _builtins.int = ...,
         available_bytes: _builtins.int = ...,
         no_headroom_total: _builtins.int = ...,
+        away_pages: _builtins.int = ...,
+        held_elsewhere: _builtins.int = ...,
+        spilled: _builtins.int = ...,
+        spill_bytes: _builtins.int = ...,
+        held_for_others: _builtins.int = ...,
+        evicted_total: _builtins.int = ...,
+        returned_total: _builtins.int = ...,
+        lost_total: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "available_bytes", b"available_bytes", "cpu_seconds", b"cpu_seconds", "headroom_bytes", b"headroom_bytes", "merged_total", b"merged_total", "no_headroom_total", b"no_headroom_total", "node", b"node", "older_agents", b"older_agents", "restored_total", b"restored_total", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "slots", b"slots", "store_bytes", b"store_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "available_bytes", b"available_bytes", "away_pages", b"away_pages", "cpu_seconds", b"cpu_seconds", "evicted_total", b"evicted_total", "headroom_bytes", b"headroom_bytes", "held_elsewhere", b"held_elsewhere", "held_for_others", b"held_for_others", "lost_total", b"lost_total", "merged_total", b"merged_total", "no_headroom_total", b"no_headroom_total", "node", b"node", "older_agents", b"older_agents", "restored_total", b"restored_total", "returned_total", b"returned_total", "saved_bytes", b"saved_bytes", "shared_pages", b"shared_pages", "slots", b"slots", "spill_bytes", b"spill_bytes", "spilled", b"spilled", "store_bytes", b"store_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -619,6 +648,8 @@ class MergerPolicy(_message.Message):
     MEMORY_CEILING_BYTES_FIELD_NUMBER: _builtins.int
     STORE_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     VMA_BUDGET_FIELD_NUMBER: _builtins.int
+    MIN_HOLDERS_FIELD_NUMBER: _builtins.int
+    SPILL_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
     headroom_percent: _builtins.float
     """Share of the bytes that merging saves that must fit into the host's memory, percent; 0 to 100."""
     memory_ceiling_bytes: _builtins.int
@@ -629,6 +660,12 @@ class MergerPolicy(_message.Message):
     """Mappings (VMAs) that sharing may make an arena up of, 16 to 2^30; the longest runs keep them.
     0: a quarter of vm.max_map_count.
     """
+    min_holders: _builtins.int
+    """How many other live hosts must hold a page before it may leave this host for being there, 1 to
+    64.
+    """
+    spill_limit_bytes: _builtins.int
+    """Bytes that the spill files may take."""
     def __init__(
         self,
         *,
@@ -636,15 +673,21 @@ class MergerPolicy(_message.Message):
         memory_ceiling_bytes: _builtins.int | None = ...,
         store_limit_bytes: _builtins.int | None = ...,
         vma_budget: _builtins.int | None = ...,
+        min_holders: _builtins.int | None = ...,
+        spill_limit_bytes: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_min_holders", b"_min_holders", "_spill_limit_bytes", b"_spill_limit_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "min_holders", b"min_holders", "spill_limit_bytes", b"spill_limit_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_min_holders", b"_min_holders", "_spill_limit_bytes", b"_spill_limit_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "min_holders", b"min_holders", "spill_limit_bytes", b"spill_limit_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__headroom_percent: _TypeAlias = _typing.Literal["headroom_percent"]  # noqa: Y015
     _WhichOneofArgType__headroom_percent: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent"]  # noqa: Y015
     _WhichOneofReturnType__memory_ceiling_bytes: _TypeAlias = _typing.Literal["memory_ceiling_bytes"]  # noqa: Y015
     _WhichOneofArgType__memory_ceiling_bytes: _TypeAlias = _typing.Literal["_memory_ceiling_bytes", b"_memory_ceiling_bytes"]  # noqa: Y015
+    _WhichOneofReturnType__min_holders: _TypeAlias = _typing.Literal["min_holders"]  # noqa: Y015
+    _WhichOneofArgType__min_holders: _TypeAlias = _typing.Literal["_min_holders", b"_min_holders"]  # noqa: Y015
+    _WhichOneofReturnType__spill_limit_bytes: _TypeAlias = _typing.Literal["spill_limit_bytes"]  # noqa: Y015
+    _WhichOneofArgType__spill_limit_bytes: _TypeAlias = _typing.Literal["_spill_limit_bytes", b"_spill_limit_bytes"]  # noqa: Y015
     _WhichOneofReturnType__store_limit_bytes: _TypeAlias = _typing.Literal["store_limit_bytes"]  # noqa: Y015
     _WhichOneofArgType__store_limit_bytes: _TypeAlias = _typing.Literal["_store_limit_bytes", b"_store_limit_bytes"]  # noqa: Y015
     _WhichOneofReturnType__vma_budget: _TypeAlias = _typing.Literal["vma_budget"]  # noqa: Y015
@@ -653,6 +696,10 @@ class MergerPolicy(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__headroom_percent) -> _WhichOneofReturnType__headroom_percent | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_ceiling_bytes) -> _WhichOneofReturnType__memory_ceiling_bytes | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__min_holders) -> _WhichOneofReturnType__min_holders | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__spill_limit_bytes) -> _WhichOneofReturnType__spill_limit_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__store_limit_bytes) -> _WhichOneofReturnType__store_limit_bytes | None: ...
     @_typing.overload
@@ -738,3 +785,93 @@ class SetMergerPolicyResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SetMergerPolicyResponse: _TypeAlias = SetMergerPolicyResponse  # noqa: Y015
+
+@_typing.final
+class EvictRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    ARENAS_FIELD_NUMBER: _builtins.int
+    RUNS_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """All arenas must belong to it."""
+    runs: _builtins.bytes
+    """Packed little-endian records of 20 bytes: uint32 arena (number in `arenas`), uint64 first page,
+    uint64 count.
+    """
+    @_builtins.property
+    def arenas(self) -> _containers.RepeatedCompositeFieldContainer[Global___ArenaKey]: ...
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        arenas: _abc.Iterable[Global___ArenaKey] | None = ...,
+        runs: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arenas", b"arenas", "domain", b"domain", "runs", b"runs"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictRequest: _TypeAlias = EvictRequest  # noqa: Y015
+
+@_typing.final
+class EvictArenaRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DOMAIN_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
+    domain: _builtins.str
+    """Default: "default"."""
+    arena: _builtins.str
+    def __init__(
+        self,
+        *,
+        domain: _builtins.str = ...,
+        arena: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain", b"domain"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictArenaRequest: _TypeAlias = EvictArenaRequest  # noqa: Y015
+
+@_typing.final
+class EvictResponse(_message.Message):
+    """Pages since the last response."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HELD_ELSEWHERE_FIELD_NUMBER: _builtins.int
+    SPILLED_FIELD_NUMBER: _builtins.int
+    KEPT_FIELD_NUMBER: _builtins.int
+    NO_ROOM_FIELD_NUMBER: _builtins.int
+    DONE_FIELD_NUMBER: _builtins.int
+    held_elsewhere: _builtins.int
+    """Gone, since other hosts hold them under a lease."""
+    spilled: _builtins.int
+    """Gone, and in the spill file."""
+    kept: _builtins.int
+    """They stay: written meanwhile, pinned, absent or away already, or the agent was busy."""
+    no_room: _builtins.int
+    """They stay, since neither enough hosts hold them nor the spill file has room."""
+    done: _builtins.bool
+    def __init__(
+        self,
+        *,
+        held_elsewhere: _builtins.int = ...,
+        spilled: _builtins.int = ...,
+        kept: _builtins.int = ...,
+        no_room: _builtins.int = ...,
+        done: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["done", b"done", "held_elsewhere", b"held_elsewhere", "kept", b"kept", "no_room", b"no_room", "spilled", b"spilled"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EvictResponse: _TypeAlias = EvictResponse  # noqa: Y015

@@ -49,6 +49,16 @@ class MergerStub:
                 request_serializer=samepage_dot_v1_dot_merger__pb2.ListArenasRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_merger__pb2.ListArenasResponse.FromString,
                 _registered_method=True)
+        self.Evict = channel.unary_stream(
+                '/samepage.v1.Merger/Evict',
+                request_serializer=samepage_dot_v1_dot_merger__pb2.EvictRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_merger__pb2.EvictResponse.FromString,
+                _registered_method=True)
+        self.EvictArena = channel.unary_stream(
+                '/samepage.v1.Merger/EvictArena',
+                request_serializer=samepage_dot_v1_dot_merger__pb2.EvictArenaRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_merger__pb2.EvictResponse.FromString,
+                _registered_method=True)
         self.Unshare = channel.unary_unary(
                 '/samepage.v1.Merger/Unshare',
                 request_serializer=samepage_dot_v1_dot_merger__pb2.UnshareRequest.SerializeToString,
@@ -99,6 +109,23 @@ class MergerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Evict(self, request, context):
+        """Let cold pages leave the host (docs/cluster.md): those that enough other hosts hold, and the
+        rest to the spill file. Responses come as the work goes on; the last one has `done`.
+        Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record), FAILED_PRECONDITION
+        (eviction is switched off: no index and no spill_dir). Arenas that are gone are skipped.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EvictArena(self, request, context):
+        """The same for all pages of one arena, by name, hot or cold. Errors: as Evict, and NOT_FOUND.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Unshare(self, request, context):
         """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED.
         """
@@ -144,6 +171,16 @@ def add_MergerServicer_to_server(servicer, server):
                     servicer.ListArenas,
                     request_deserializer=samepage_dot_v1_dot_merger__pb2.ListArenasRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_merger__pb2.ListArenasResponse.SerializeToString,
+            ),
+            'Evict': grpc.unary_stream_rpc_method_handler(
+                    servicer.Evict,
+                    request_deserializer=samepage_dot_v1_dot_merger__pb2.EvictRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_merger__pb2.EvictResponse.SerializeToString,
+            ),
+            'EvictArena': grpc.unary_stream_rpc_method_handler(
+                    servicer.EvictArena,
+                    request_deserializer=samepage_dot_v1_dot_merger__pb2.EvictArenaRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_merger__pb2.EvictResponse.SerializeToString,
             ),
             'Unshare': grpc.unary_unary_rpc_method_handler(
                     servicer.Unshare,
@@ -247,6 +284,60 @@ class Merger:
             '/samepage.v1.Merger/ListArenas',
             samepage_dot_v1_dot_merger__pb2.ListArenasRequest.SerializeToString,
             samepage_dot_v1_dot_merger__pb2.ListArenasResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Evict(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/samepage.v1.Merger/Evict',
+            samepage_dot_v1_dot_merger__pb2.EvictRequest.SerializeToString,
+            samepage_dot_v1_dot_merger__pb2.EvictResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EvictArena(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/samepage.v1.Merger/EvictArena',
+            samepage_dot_v1_dot_merger__pb2.EvictArenaRequest.SerializeToString,
+            samepage_dot_v1_dot_merger__pb2.EvictResponse.FromString,
             options,
             channel_credentials,
             insecure,

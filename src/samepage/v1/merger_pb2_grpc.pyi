@@ -43,6 +43,14 @@ class MergerStub:
     most the merger's order_timeout_seconds. Errors: none of its own.
     """
     ListArenas: _grpc.UnaryUnaryMultiCallable[_merger_pb2.ListArenasRequest, _merger_pb2.ListArenasResponse]
+    Evict: _grpc.UnaryStreamMultiCallable[_merger_pb2.EvictRequest, _merger_pb2.EvictResponse]
+    """Let cold pages leave the host (docs/cluster.md): those that enough other hosts hold, and the
+    rest to the spill file. Responses come as the work goes on; the last one has `done`.
+    Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record), FAILED_PRECONDITION
+    (eviction is switched off: no index and no spill_dir). Arenas that are gone are skipped.
+    """
+    EvictArena: _grpc.UnaryStreamMultiCallable[_merger_pb2.EvictArenaRequest, _merger_pb2.EvictResponse]
+    """The same for all pages of one arena, by name, hot or cold. Errors: as Evict, and NOT_FOUND."""
     Unshare: _grpc.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
     GetMergerStatus: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]
@@ -68,6 +76,14 @@ class MergerAsyncStub(MergerStub):
     most the merger's order_timeout_seconds. Errors: none of its own.
     """
     ListArenas: _aio.UnaryUnaryMultiCallable[_merger_pb2.ListArenasRequest, _merger_pb2.ListArenasResponse]  # type: ignore[assignment]
+    Evict: _aio.UnaryStreamMultiCallable[_merger_pb2.EvictRequest, _merger_pb2.EvictResponse]  # type: ignore[assignment]
+    """Let cold pages leave the host (docs/cluster.md): those that enough other hosts hold, and the
+    rest to the spill file. Responses come as the work goes on; the last one has `done`.
+    Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record), FAILED_PRECONDITION
+    (eviction is switched off: no index and no spill_dir). Arenas that are gone are skipped.
+    """
+    EvictArena: _aio.UnaryStreamMultiCallable[_merger_pb2.EvictArenaRequest, _merger_pb2.EvictResponse]  # type: ignore[assignment]
+    """The same for all pages of one arena, by name, hot or cold. Errors: as Evict, and NOT_FOUND."""
     Unshare: _aio.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]  # type: ignore[assignment]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
     GetMergerStatus: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]  # type: ignore[assignment]
@@ -108,6 +124,26 @@ class MergerServicer(metaclass=_abc_1.ABCMeta):
         request: _merger_pb2.ListArenasRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_merger_pb2.ListArenasResponse, _abc.Awaitable[_merger_pb2.ListArenasResponse]]: ...
+
+    @_abc_1.abstractmethod
+    def Evict(
+        self,
+        request: _merger_pb2.EvictRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_merger_pb2.EvictResponse], _abc.AsyncIterator[_merger_pb2.EvictResponse]]:
+        """Let cold pages leave the host (docs/cluster.md): those that enough other hosts hold, and the
+        rest to the spill file. Responses come as the work goes on; the last one has `done`.
+        Errors: INVALID_ARGUMENT (a run outside its arena, a malformed record), FAILED_PRECONDITION
+        (eviction is switched off: no index and no spill_dir). Arenas that are gone are skipped.
+        """
+
+    @_abc_1.abstractmethod
+    def EvictArena(
+        self,
+        request: _merger_pb2.EvictArenaRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_merger_pb2.EvictResponse], _abc.AsyncIterator[_merger_pb2.EvictResponse]]:
+        """The same for all pages of one arena, by name, hot or cold. Errors: as Evict, and NOT_FOUND."""
 
     @_abc_1.abstractmethod
     def Unshare(

@@ -140,12 +140,26 @@ class Pins:
     def __init__(self) -> None:
         self._pins: dict[int, Digests] = {}
         self._next = itertools.count(1)
+        self._recent: list[Digests] = []
 
     def keep(self, digests: Digests) -> int:
         """Keep digests until the pin returned is released."""
         pin = next(self._next)
         self._pins[pin] = digests
+        self.note(digests)
         return pin
+
+    def note(self, digests: Digests) -> None:
+        """Digests are needed from now on, for another reason than a pin."""
+        self._recent.append(digests)
+
+    def recent(self) -> Digests:
+        """Return what came to be needed since `forget_recent`."""
+        return np.concatenate([no_digests(), *self._recent])
+
+    def forget_recent(self) -> None:
+        """Begin to note anew."""
+        self._recent.clear()
 
     def release(self, pin: int) -> None:
         """End a pin; one that ended before is no error."""

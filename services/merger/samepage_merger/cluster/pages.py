@@ -22,6 +22,8 @@ from samepage_merger.cluster.digests import (
     parse_digests,
     parse_fingerprints,
 )
+from samepage_merger.cluster.hosts import HostAwayError
+from samepage_merger.cluster.keeping import Keeper
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.snapshots import (
@@ -67,6 +69,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
 
     Attributes:
         sent: pages sent so far.
+        keeper: looks after what other hosts hold for this one; None where nobody does.
     """
 
     def __init__(self, domains: Domains, local: Local, snapshots: Snapshots) -> None:
@@ -75,6 +78,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         self._snapshots = snapshots
         self._streams: set[asyncio.Task[Any]] = set()
         self.sent = 0
+        self.keeper: Keeper | None = None
 
     def drain(self) -> None:
         """End the streams that other hosts keep open."""
@@ -177,6 +181,23 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             good = await domain.catalog.verify(digests[number], slots)
             domain.holds.release(lease, slots[good])
         return pages_pb2.ReleaseResponse()
+
+    async def LetGo(
+        self, request: pages_pb2.LetGoRequest, context: Context
+    ) -> pages_pb2.LetGoResponse:
+        """Say what a holder may let go of, as soon as it may."""
+        try:
+            digests, _ = _checked(request.domain_id, request.digests, b"", HOLD_MAX)
+            holder = _owner(request.holder)
+        except BadRequestError as error:
+            await _abort(context, str(error))
+        if self.keeper is None:
+            return pages_pb2.LetGoResponse(agreed=bytes(len(digests)))
+        try:
+            agreed = await self.keeper.let_go(request.domain_id, holder, digests)
+        except HostAwayError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return pages_pb2.LetGoResponse(agreed=agreed.tobytes())
 
     async def Snapshot(
         self, request: pages_pb2.SnapshotRequest, context: Context

@@ -83,6 +83,7 @@ class Spill:
         self._next_warning = 0.0
         self.limit_bytes = limit_bytes
         self.counts = SpillCounts()
+        self._first_own = 0
         try:
             self._open_all()
         except OSError as error:
@@ -131,6 +132,11 @@ class Spill:
     def entries(self) -> tuple[Keys, Int64s]:
         """Return the keys of all pages in the files, and where each is; of this instant."""
         return self._index.all()
+
+    def begun_before(self, locations: Int64s) -> Mask:
+        """Return which pages are from before this merger's start."""
+        old: Mask = locations < self._first_own * SEGMENT_PAGES
+        return old
 
     async def drop(self, locations: Int64s) -> None:
         """Forget pages that nobody needs, and give back their space."""
@@ -301,6 +307,7 @@ class Spill:
                 segment.live += len(digests)
             segment.measure()
             self._remove_if_empty(segment)
+        self._first_own = max(self._segments, default=0) + 1
         if len(self._index):
             log.info("spilled pages found", pages=len(self._index), bytes=self.used_bytes)
 
