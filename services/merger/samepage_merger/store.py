@@ -190,16 +190,11 @@ class Store:
         """Return the bytes of consecutive slots."""
         return os.pread(self.fd, pages * PAGE_SIZE, slot * PAGE_SIZE)
 
-    def read_all(self, slots: Int64s) -> bytearray:
+    def read_all(self, slots: Int64s) -> bytes:
         """Return the bytes of slots, one after the other."""
-        data = bytearray(slots.size * PAGE_SIZE)
-        view = memoryview(data)
         first, count = join(slots)
-        for slot, pages in zip(first.tolist(), count.tolist(), strict=True):
-            size = pages * PAGE_SIZE
-            os.preadv(self.fd, [view[:size]], slot * PAGE_SIZE)
-            view = view[size:]
-        return data
+        runs = map(self.read, first.tolist(), count.tolist())
+        return next(runs) if first.size == 1 else b"".join(runs)
 
     def free(self, slots: Int64s) -> None:
         """Give back the memory of slots (ascending) that no living process maps."""

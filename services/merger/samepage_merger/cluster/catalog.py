@@ -55,7 +55,11 @@ class Catalog:
         number, slot = self.candidates(keys)
         new = np.ones(keys.size, np.bool_)
         new[number[slots[number] == slot]] = False
-        self._table.add(keys[new], slots[new])
+        self.add_fresh(keys[new], slots[new])
+
+    def add_fresh(self, keys: Keys, slots: Int64s) -> None:
+        """Enter live slots that were never entered."""
+        self._table.add(keys, slots)
 
     def candidates(self, keys: Keys) -> tuple[Int64s, Int64s]:
         """Return all live slots with these keys: which of the keys, ascending, and the slot."""

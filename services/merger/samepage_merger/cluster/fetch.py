@@ -1,11 +1,11 @@
 """Fetches pages from other hosts by their digests, from several holders at a time.
 
-Theory. Pages are asked for in works of 256. Each holder has two works in flight, so that one is
-hashed while the next is on its way, and takes the next when one is done: a slow holder simply gets
-fewer. Eight holders are asked at a time, so that what is in flight is 16 MiB at most. When nothing
-is left that nobody was asked for, what a slow one still owes is asked of another as well, and the
-first answer counts. A holder that does not answer is left alone for a while, one whose pages do not
-have their digest for longer; what it was asked goes to others.
+Theory. Pages are asked for in works of 256, eight at a time, so that what is in flight is 8 MiB at
+most. Each holder has a few works, so that some are hashed while others are on their way, and takes
+the next when one is done: a slow holder simply gets fewer. When nothing is left that nobody was
+asked for, what a slow one still owes is asked of another as well, and the first answer counts. A
+holder that does not answer is left alone for a while, one whose pages do not have their digest for
+longer; what it was asked goes to others.
 
 Whom to ask: those whom the caller names, and those whom the index names for the fingerprints. Where
 the index knows only a sample, a hit stands for the pages around it, since what is equal comes in
@@ -34,8 +34,8 @@ from samepage_merger.domains import Domain
 from samepage_merger.runs import Indices
 
 WORK_PAGES = 256
-WORKS_A_HOLDER = 2
-HOLDERS_AT_ONCE = 8
+WORKS_AT_ONCE = 8
+WORKS_A_HOLDER = 4
 #: Pages that one round deals with: what one lookup of the index takes.
 ROUND_PAGES = 1 << 16
 
@@ -214,15 +214,16 @@ class _Fetch:
         self._may = may
         willing = [host for host in may if not host.avoided]
         self._certain = self._certain and len(willing) == len(may)
-        for low in range(0, len(willing), HOLDERS_AT_ONCE):
+        for low in range(0, len(willing), WORKS_AT_ONCE):
             if self._wanted.any():
-                await self._ask_some(willing[low : low + HOLDERS_AT_ONCE])
+                await self._ask_some(willing[low : low + WORKS_AT_ONCE])
 
     async def _ask_some(self, hosts: Sequence[Host]) -> None:
         self._asked_at[:] = 0
+        works = min(WORKS_A_HOLDER, WORKS_AT_ONCE // len(hosts))
         workers = [
             asyncio.ensure_future(self._work(host))
-            for host, _ in itertools.product(hosts, range(WORKS_A_HOLDER))
+            for host, _ in itertools.product(hosts, range(works))
         ]
         try:
             for worker in asyncio.as_completed(workers):

@@ -46,7 +46,7 @@ class Local:
         found = slots != PRIVATE
         missing = np.flatnonzero(~found & ~are_zero(digests))
         if not (missing.size and len(fingerprints)):
-            return found, bytes(domain.store.read_all(slots[found]))
+            return found, domain.store.read_all(slots[found])
         pages = np.empty((len(digests), PAGE_SIZE), np.uint8)
         stored = np.frombuffer(domain.store.read_all(slots[found]), np.uint8)
         pages[found] = stored.reshape(-1, PAGE_SIZE)
@@ -149,5 +149,5 @@ def deposit(domain: Domain, digests: Digests, data: Bytes) -> tuple[Int64s, int]
     except StoreFullError:
         domain.free(domain.books.release(hold))
         raise
-    domain.catalog.add(keys_of(digests), slots)
+    domain.catalog.add_fresh(keys_of(digests), slots)
     return slots, hold

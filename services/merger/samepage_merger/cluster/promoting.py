@@ -123,7 +123,7 @@ class Promoter:
                 slots = np.where(stored, slots, PRIVATE)
                 outcomes = read.outcomes.copy()
                 outcomes[good] = await self._orders.replace(arena, pages[good], slots[good])
-            domain.catalog.add(keys_of(read.digests[stored]), slots[stored])
+            domain.catalog.add_fresh(keys_of(read.digests[stored]), slots[stored])
             yield Promoted(read, slots, outcomes)
         finally:
             domain.free(domain.books.release(hold))
