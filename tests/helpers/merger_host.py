@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from fakes.fake_merging_agent import FakeArena, FakeMergingAgent
 
+from samepage.daemon.identity import Identity
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.wire import PAGE_SIZE
@@ -70,12 +71,13 @@ class MergerHost:
         limit_bytes: int = 0,
         config: Config | None = None,
         available: Callable[[], int] = lambda: 1 << 40,
+        identity: Identity | None = None,
     ) -> None:
         self.path = directory / "merger.sock"
         self.stores = open_directory(store, limit_bytes=limit_bytes)
         self.domains = Domains(self.stores, SECRET)
         self.janitor = Janitor(self.domains)
-        self.agents = Agents(self.domains, self.janitor.wake)
+        self.agents = Agents(self.domains, self.janitor.wake, identity=identity)
         self.policies = Policies(config or Config(node="test"))
         self.headroom = Headroom(self.policies, self.domains.saved_pages, available)
         self.orders = Orders(timeout)
@@ -84,7 +86,7 @@ class MergerHost:
         self.unsharer = Unsharer(self.domains, self.orders)
         self.accountant = Accountant("host-a", self.domains, self.orders)
         self.promoter = Promoter(self.orders)
-        self._server = PeerServer(self.path, self.agents, WINDOW_BYTES)
+        self._server = PeerServer(self.path, self.agents, WINDOW_BYTES, identity=identity)
         self._server.start()
         self._ended = False
 

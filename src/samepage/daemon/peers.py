@@ -21,7 +21,7 @@ import signal
 import socket
 import struct
 from collections import deque
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -280,11 +280,17 @@ class Peer:
         review = self._server.identity.present(self, message.payload)
         if review is not None:
             self._loop.remove_reader(self._sock)
-            self._reviewing = self._loop.create_task(self._review(review))
+            self._reviewing = self._loop.create_task(review)
+            self._reviewing.add_done_callback(self._reviewed)
 
-    async def _review(self, review: Coroutine[None, None, None]) -> None:
-        await review
+    def _reviewed(self, review: asyncio.Task[None]) -> None:
         self._reviewing = None
+        if self.closed or review.cancelled():
+            return
+        if (error := review.exception()) is not None:
+            log.critical("a credential was not looked at", exc_info=error)
+            self.close()
+            return
         self._loop.add_reader(self._sock, self._readable)
 
     def in_control_group(self, *names: str) -> bool | None:

@@ -54,6 +54,7 @@ ALLOWED: dict[str, frozenset[Role]] = {
     "samepage.v1.Merger/GetMergerStatus": frozenset({Role.SCANNER, Role.OPERATOR}),
     "samepage.v1.Pages": frozenset({Role.MERGER}),
     "samepage.v1.Scanner": frozenset({Role.OPERATOR}),
+    "samepage.v1.Scanner/Locate": frozenset({Role.MERGER}),
     "samepage.v1.Arenas": frozenset({Role.CLIENT, Role.OPERATOR}),
     "grpc.health.v1.Health": ANYONE,
     "grpc.reflection.v1alpha.ServerReflection": frozenset({Role.OPERATOR}),

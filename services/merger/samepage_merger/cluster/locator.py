@@ -9,6 +9,8 @@ import grpc
 import numpy as np
 import structlog
 
+from samepage.daemon.roles import Role
+from samepage.daemon.tls import Channels, Tls
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
 from samepage_merger.cluster.digests import Fingerprints
 from samepage_merger.domains import Arena, Domain
@@ -37,12 +39,16 @@ class Locator:
     Args:
         target: its gRPC target, on this host.
         find: looks up an arena of the merger's.
+        tls: for a scanner that is not at a unix socket; None: without.
     """
 
-    def __init__(self, target: str, find: FindArena) -> None:
-        self._channel = grpc.aio.insecure_channel(target)
-        self._stub = scanner_pb2_grpc.ScannerStub(self._channel)
+    def __init__(self, target: str, find: FindArena, tls: Tls | None = None) -> None:
+        self._target = target
+        self._channels = Channels(Role.SCANNER, tls)
         self._find = find
+
+    def _stub(self) -> scanner_pb2_grpc.ScannerAsyncStub:
+        return scanner_pb2_grpc.ScannerStub(self._channels.get(self._target))
 
     async def locate(self, domain: Domain, fingerprints: Fingerprints) -> list[Places]:
         """Return where pages should be, as the scanner saw them last; nothing when it is away."""
@@ -51,7 +57,7 @@ class Locator:
             part = fingerprints[low : low + _LOCATE_MAX]
             request = scanner_pb2.LocateRequest(domain_id=domain.id, fingerprints=part.tobytes())
             try:
-                answer = await self._stub.Locate(request, timeout=_ANSWER_SECONDS)
+                answer = await self._stub().Locate(request, timeout=_ANSWER_SECONDS)
             except grpc.aio.AioRpcError as error:
                 log.info("the scanner is away: it locates no pages", why=error.details())
                 break
@@ -60,7 +66,7 @@ class Locator:
 
     async def close(self) -> None:
         """Let go of the connection."""
-        await self._channel.close()
+        await self._channels.close()
 
     def _places(
         self, domain: Domain, answer: scanner_pb2.LocateResponse, low: int
