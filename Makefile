@@ -126,7 +126,7 @@ native-test: $(STAMPS)/system-build ## Run the C library's own tests
 	    $(PYTHON) tests/needs.py; fi
 
 .PHONY: bench
-bench: $(STAMPS)/dev native ## Measure, side by side with the peers (BENCH_ARGS="ksm --runs 1", --help)
+bench: $(STAMPS)/bench native ## Measure, side by side with the peers (BENCH_ARGS="ksm --runs 1", --help)
 	@mkdir -p $(dir $(BENCH_LINES)) && $(BIN)/python -m bench run $(BENCH_ARGS) | tee $(BENCH_LINES)
 
 .PHONY: bench-plot
@@ -203,6 +203,11 @@ $(STAMPS)/venv: | $(STAMPS)/system-build
 $(STAMPS)/services: $(STAMPS)/venv $(PACKAGING)
 	@echo "==> installing samepage and its services into $(VENV)"
 	@$(PIP) install --editable '.[services]'
+	@touch $@
+
+$(STAMPS)/bench: $(STAMPS)/dev
+	@echo "==> installing what is measured against into $(VENV)"
+	@$(PIP) install --group bench
 	@touch $@
 
 $(STAMPS)/dev: $(STAMPS)/services

@@ -14,12 +14,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from bench import fingerprint, index, ksm, memory, passes, running
+from bench import fingerprint, hosts, index, ksm, memory, passes, running
 from bench.record import Record, parse
 
 RUN_PAGES = (0, 64, 1)
 # Single pages take a mapping each, and an arena has a quarter of vm.max_map_count.
 SINGLE_BYTES_MAX = 64 << 20
+# All of it has to be published before it can be evicted.
+FAULT_BYTES_MAX = 64 << 20
 
 
 class What(StrEnum):
@@ -33,6 +35,8 @@ class What(StrEnum):
     WRITING = "writing"
     STALLS = "stalls"
     INDEX = "index"
+    CLONES = "clones"
+    FAULTS = "faults"
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,10 @@ def measured(what: What, sizes: Sizes) -> Iterator[Record]:
         yield from asyncio.run(running.measure_stalls(size, runs))
     if what in (What.ALL, What.INDEX):
         yield from index.measure_all(sizes.pages)
+    if what in (What.ALL, What.CLONES):
+        yield from asyncio.run(hosts.measure_clones(size, runs))
+    if what in (What.ALL, What.FAULTS):
+        yield from asyncio.run(hosts.measure_faults(min(size, FAULT_BYTES_MAX), runs))
 
 
 def table(records: Iterable[Record]) -> Table:

@@ -1,8 +1,9 @@
 """A process that holds memory for a benchmark: `python -m bench.holder KIND BYTES RUN SEED`.
 
-KIND is `arena` (an arena of the daemons in $SAMEPAGE_DIR) or `ksm` (plain memory that the kernel
-may merge). Holders of one seed have the same bytes, but for one page of its own after each RUN
-equal ones (0: all are equal). An arena has OWN_BYTES more that nobody else has.
+KIND is `arena` (an arena of the daemons in $SAMEPAGE_DIR), `ksm` (plain memory that the kernel may
+merge) or `copies` (nothing but the arenas that it clones). Holders of one seed have the same bytes,
+but for one page of its own after each RUN equal ones (0: all are equal).
+An arena has OWN_BYTES more that nobody else has.
 
 It says "ready" when the bytes are there; then each line on standard input is a call of `Commands`
 as a JSON list, answered by a line of JSON. The end of standard input ends it.
@@ -11,6 +12,7 @@ as a JSON list, answered by a line of JSON. The end of standard input ends it.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import mmap
 import os
@@ -49,10 +51,64 @@ def fill(memory: memoryview, run: int, seed: int) -> None:
 class Commands:
     """What a holder can be told. Times are CLOCK_MONOTONIC, in seconds."""
 
-    def __init__(self, memory: memoryview, size: int, arena: samepage.Arena | None) -> None:
+    def __init__(
+        self,
+        memory: memoryview,
+        size: int,
+        arena: samepage.Arena | None,
+        node: samepage.Node | None,
+    ) -> None:
         self._memory = memory
         self._size = size
         self._arena = arena
+        self._node = node
+        self._copies: list[samepage.Arena] = []
+
+    def name(self) -> str:
+        """The arena's name."""
+        assert self._arena is not None
+        return self._arena.name
+
+    def renew(self, part: float) -> None:
+        """Write new bytes into the first part (0 to 1) of what others have too."""
+        size = round(self._size * part)
+        self._memory[:size] = np.random.default_rng().bytes(size)
+
+    def digest(self) -> str:
+        """SHA-256 of the arena, or of the latest copy."""
+        view = self._copies[-1].buffer if self._copies else self._memory
+        return hashlib.sha256(view[: self._size]).hexdigest()
+
+    def clone(self, source: str) -> float:
+        """Clone an arena of another host, and keep it; how many seconds that took."""
+        assert self._node is not None
+        start = time.perf_counter()
+        self._copies.append(self._node.clone_arena(source))
+        return time.perf_counter() - start
+
+    def drop_copies(self) -> None:
+        """End all copies."""
+        while self._copies:
+            self._copies.pop().close()
+
+    def evict(self) -> dict[str, int]:
+        """Evict what others have too; the report."""
+        assert self._arena is not None
+        return asdict(self._arena.evict(0, self._size))
+
+    def fetch(self) -> None:
+        """Bring back what was evicted."""
+        assert self._arena is not None
+        self._arena.fetch(0, self._size)
+
+    def touch_once(self, count: int) -> list[int]:
+        """Read a byte of so many different pages, in random order; nanoseconds of each."""
+        memory, clock, took = self._memory, time.perf_counter_ns, []
+        for page in random.sample(range(self._size // PAGE), count):
+            before = clock()
+            memory[page * PAGE]
+            took.append(clock() - before)
+        return took
 
     def share(self) -> dict[str, Any]:
         """Share the arena; the report, with when it began and ended."""
@@ -103,28 +159,38 @@ class Commands:
 
 
 @contextmanager
-def plain(size: int) -> Iterator[tuple[memoryview, None]]:
+def plain(size: int, run: int, seed: int) -> Iterator[Commands]:
     """Anonymous private memory that the kernel's samepage merging may look at."""
     memory = mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     memory.madvise(_MADV_MERGEABLE)
-    yield memoryview(memory), None
+    fill(memoryview(memory), run, seed)
+    yield Commands(memoryview(memory), size, None, None)
 
 
 @contextmanager
-def arena(size: int) -> Iterator[tuple[memoryview, samepage.Arena]]:
+def arena(size: int, run: int, seed: int) -> Iterator[Commands]:
     """An arena."""
     name = f"bench-{os.getpid()}"
     with samepage.connect() as node, node.create_arena(name, size + OWN_BYTES) as made:
-        yield made.buffer, made
+        fill(made.buffer[:size], run, seed)
+        yield Commands(made.buffer, size, made, None)
+
+
+@contextmanager
+def copies(size: int, run: int, seed: int) -> Iterator[Commands]:
+    """No memory of its own."""
+    with samepage.connect() as node:
+        yield Commands(memoryview(b""), size, None, node)
+
+
+KINDS = {"arena": arena, "copies": copies, "ksm": plain}
 
 
 def main() -> None:
     """Hold memory until standard input ends."""
     kind, size, run, seed = sys.argv[1], *map(int, sys.argv[2:])
-    with (arena if kind == "arena" else plain)(size) as (memory, made):
-        fill(memory[:size], run, seed)
+    with KINDS[kind](size, run, seed) as commands:
         print("ready", flush=True)
-        commands = Commands(memory, size, made)
         for line in sys.stdin:
             name, *arguments = json.loads(line)
             print(json.dumps(getattr(commands, name)(*arguments)), flush=True)

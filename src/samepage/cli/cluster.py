@@ -90,6 +90,11 @@ class LocalCluster:
         return self._cluster
 
     @property
+    def network(self) -> Network | None:
+        """The hosts' network namespaces, where they have some."""
+        return self._network
+
+    @property
     def size(self) -> int:
         """How many hosts."""
         return len(self._names)
