@@ -8,7 +8,8 @@ with samepage.connect() as node:
         print(arena.share())
 """
 
-from samepage.client import Arena, Node, connect
+from samepage.arena import Arena
+from samepage.client import Node, connect
 from samepage.errors import (
     CloneTimeoutError,
     ClosedError,

@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar, TypeVarTuple
 
-from samepage.client import DEFAULT_DOMAIN, Arena, Node
+from samepage.arena import Arena
+from samepage.client import DEFAULT_DOMAIN, Node
 from samepage.errors import (
     InvalidArgumentError,
     NameTakenError,

@@ -12,7 +12,7 @@ from typing import Any
 import grpc
 
 from samepage import errors
-from samepage.client import Arena
+from samepage.arena import Arena
 from samepage.v1 import arenas_pb2, arenas_pb2_grpc, scanner_pb2
 from samepage_merger.holding.errors import IdleError, LimitError, RangeError
 from samepage_merger.holding.held import SHARE_SECONDS, HeldArenas, find_range
