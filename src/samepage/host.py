@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 from samepage import accounts, rpc
@@ -43,19 +44,8 @@ def node_stats(directory: str) -> NodeStats:
         status = stub.GetMergerStatus(
             merger_pb2.GetMergerStatusRequest(), timeout=rpc.TIMEOUT_SECONDS
         )
-    return NodeStats(
-        node=status.node,
-        agents=status.agents,
-        arenas=status.arenas,
-        shared_pages=status.shared_pages,
-        slots=status.slots,
-        store_bytes=status.store_bytes,
-        saved_bytes=status.saved_bytes,
-        merged_total=status.merged_total,
-        restored_total=status.restored_total,
-        cpu_seconds=status.cpu_seconds,
-        older_agents=status.older_agents,
-    )
+    names = [field.name for field in dataclasses.fields(NodeStats)]
+    return NodeStats(**{name: getattr(status, name) for name in names})
 
 
 def host_account(directory: str) -> HostAccount:

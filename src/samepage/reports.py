@@ -136,6 +136,13 @@ class NodeStats:
         restored_total: pages made private again since then.
         cpu_seconds: user and system CPU time that the merger has used, in seconds.
         older_agents: processes whose library speaks an older version of the agent protocol.
+        away_pages: arena pages that are on other hosts, or in the spill files.
+        held_elsewhere: of them, by digest, those that other hosts hold for this one.
+        spilled: pages in the spill files.
+        spill_bytes: what the spill files take on disk.
+        held_for_others: pages that this host holds for other hosts.
+        evicted_total, returned_total, lost_total: pages that left, came back, and are lost, since
+            the merger started.
     """
 
     node: str
@@ -149,6 +156,14 @@ class NodeStats:
     restored_total: int
     cpu_seconds: float
     older_agents: int = 0
+    away_pages: int = 0
+    held_elsewhere: int = 0
+    spilled: int = 0
+    spill_bytes: int = 0
+    held_for_others: int = 0
+    evicted_total: int = 0
+    returned_total: int = 0
+    lost_total: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

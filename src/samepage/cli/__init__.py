@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from samepage import errors
-from samepage.cli import arenas, doctor, overlap, policy, scan, share, status, up
+from samepage.cli import arenas, doctor, evict, overlap, policy, scan, share, status, up
 from samepage.cli.demo import command as demo_command
 from samepage.cli.top import command as top_command
 
@@ -37,6 +37,7 @@ COMMANDS = (
     top_command.top,
     arenas.arenas,
     share.share,
+    evict.evict,
     scan.scan,
     overlap.overlap,
     policy.policy,

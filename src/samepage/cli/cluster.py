@@ -246,6 +246,7 @@ class LocalCluster:
         settings = {
             "INDEX": index,
             "STORE_DIR": str(self.store(host)),
+            "SPILL_DIR": str(self._directory / host / "spill"),
             "SECRET_FILE": str(self._secret),
         }
         return self._host_child(host, "merger", "samepage_merger", settings)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from samepage.v1 import (
     arenas_pb2_grpc,
     index_pb2,
     index_pb2_grpc,
+    merger_pb2,
+    merger_pb2_grpc,
     scanner_pb2,
     scanner_pb2_grpc,
 )
@@ -118,6 +121,16 @@ class Overlap:
 
     distinct_pages: int
     hosts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Evicted:
+    """What became of pages that were to leave; see EvictResponse in merger.proto."""
+
+    held_elsewhere: int = 0
+    spilled: int = 0
+    kept: int = 0
+    no_room: int = 0
 
 
 @dataclass(frozen=True)
@@ -263,3 +276,18 @@ def index_stats(address: str) -> IndexStats:
 
 def _fields(kind: type[DataclassInstance]) -> list[str]:
     return [field.name for field in dataclasses.fields(kind)]
+
+
+def evict(host: Host, domain: str, arena: str) -> Evicted:
+    """Have an arena's pages leave the host.
+
+    Raises:
+        NotFoundError: the host has no such arena.
+        NotRunningError, ServiceUnavailableError: the merger does not answer.
+    """
+    total: Counter[str] = Counter()
+    with rpc.channel(rpc.socket_address(host.directory, rpc.MERGER_SOCKET)) as channel:
+        request = merger_pb2.EvictArenaRequest(domain=domain, arena=arena)
+        for answer in merger_pb2_grpc.MergerStub(channel).EvictArena(request):
+            total.update({name: getattr(answer, name) for name in _fields(Evicted)})
+    return Evicted(**total)

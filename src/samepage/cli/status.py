@@ -14,7 +14,8 @@ from samepage.reports import PAGE_SIZE
 from samepage.sizes import format_size
 
 AWAY = "away"
-_COLUMNS = ("host", "daemons", "index", ">arenas", ">shared", ">store", ">saved", ">published")
+_SIZES = (">shared", ">store", ">saved", ">away")
+_COLUMNS = ("host", "daemons", "index", ">arenas", *_SIZES, ">published")
 
 
 def status(directory: DirectoryOption = None, json: JsonOption = False) -> None:
@@ -109,10 +110,12 @@ def _row(host: daemons.HostStatus) -> list[object]:
     row: list[object] = [_name(host), f"{', '.join(missing)} {AWAY}" if missing else "serving"]
     row.append("-" if scanner is None else "connected" if scanner.index_connected else "not used")
     if merger is None:
-        row += ["-"] * 4
+        row += ["-"] * (1 + len(_SIZES))
     else:
         shared = merger.shared_pages * PAGE_SIZE
         row.append(merger.arenas)
-        row += [format_size(size) for size in (shared, merger.store_bytes, merger.saved_bytes)]
+        away = merger.away_pages * PAGE_SIZE
+        sizes = (shared, merger.store_bytes, merger.saved_bytes, away)
+        row += [format_size(size) for size in sizes]
     row.append("-" if scanner is None else scanner.published)
     return row
