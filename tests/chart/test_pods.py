@@ -15,6 +15,7 @@ from samepage.daemon.identity.base import Subject
 from samepage.daemon.identity.policy import Policy
 from samepage_index.config import IndexConfig
 from samepage_kubernetes.device_plugin.config import Config as DevicePluginConfig
+from samepage_kubernetes.webhook.config import Config as WebhookConfig
 from samepage_merger.config import Config as MergerConfig
 from samepage_scanner.config import Config as ScannerConfig
 
@@ -25,6 +26,7 @@ SETTINGS: dict[str, Any] = {
     "index": IndexConfig,
     "merger": MergerConfig,
     "scanner": ScannerConfig,
+    "webhook": WebhookConfig,
 }
 NAMES = {"spec.nodeName": "node-1", "status.podIP": "10.0.0.1"}
 
@@ -103,7 +105,8 @@ def test_hosts_directories(case: str) -> None:
                 if mount["name"] in paths and not mount.get("readOnly"):
                     writable.add((f"{name}/{container['name']}", paths[mount["name"]]))
     store = {("samepage-agent/merger", "/dev/shm/samepage")} if case != "pod-store" else set()
-    assert writable == store | {
+    spill = {("samepage-agent/merger", "/mnt/fast/samepage")} if case == "spill" else set()
+    assert writable == store | spill | {
         ("samepage-agent/merger", "/run/samepage"),
         ("samepage-agent/scanner", "/run/samepage"),
         ("samepage-device-plugin/device-plugin", "/var/lib/kubelet/device-plugins"),
@@ -153,7 +156,8 @@ def assert_mounted(settings: Any, container: Manifest, root: Path) -> None:
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     for field, value in vars(settings).items():
         asks = getattr(settings, "identity", "token") == "token"
-        unused = field == "device" or (field.startswith("token_") and not asks)
+        elsewhere = ("device", "socket_dir", "token_dir")  # in other containers
+        unused = field in elsewhere or (field.startswith("token_") and not asks)
         if isinstance(value, Path) and not unused:
             place = Path("/", value.relative_to(root)) if value.is_relative_to(root) else value
             assert any(place.is_relative_to(mount) for mount in mounts), (field, value)

@@ -75,6 +75,8 @@ REFUSED = {
     "identity.mode=guess": "/identity/mode",
     "identity.trustGroups.shop.pods[0]=x": "'pods'",
     "redis.enabled=false,index.replicas=2": "index.replicas",
+    "webhook.enabled=true": "webhook.certificate",
+    "webhook.enabled=true,webhook.certificate.existingSecret=s": "webhook.certificate.caBundle",
     "image.pullPolicy=Sometimes": "/image/pullPolicy",
     "devicePlugin.image.digest=sha256:1": "/devicePlugin/image/digest",
 }
