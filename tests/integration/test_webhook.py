@@ -50,7 +50,7 @@ POD: dict[str, Any] = {
     },
 }
 MOUNTS = [
-    {"name": "samepage-sockets", "mountPath": "/run/samepage", "readOnly": True},
+    {"name": "samepage", "mountPath": "/run/samepage", "readOnly": True},
     {"name": "samepage-token", "mountPath": "/var/run/secrets/samepage.io", "readOnly": True},
 ]
 VARIABLES = [
@@ -298,10 +298,12 @@ async def test_health_and_metrics(webhook: WebhookService, files: Files, tmp_pat
 
 
 async def test_without_a_token(files: Files) -> None:
-    service = WebhookService(config(files, token=False))
+    service = WebhookService(config(files, token=False, socket_dir=Path("/srv/sockets")))
     await service.start()
     spec = patched(POD, await admit(service, files, POD))["spec"]
-    assert [volume["name"] for volume in spec["volumes"]] == ["data", "samepage-sockets"]
+    assert [volume["name"] for volume in spec["volumes"]] == ["data", "samepage"]
+    assert spec["volumes"][1]["hostPath"]["path"] == "/srv/sockets"
+    assert spec["initContainers"][0]["volumeMounts"] == MOUNTS[:1]
     assert spec["initContainers"][0]["env"] == VARIABLES[:1]
     await service.close()
 

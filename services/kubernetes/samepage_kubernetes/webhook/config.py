@@ -36,8 +36,9 @@ class Config:
     )
     socket_dir: Path = setting(
         Path("/run/samepage"),
-        "The nodes' directory of the daemons' sockets; under the same path in the pods, read-only.",
+        "The nodes' directory of the daemons' sockets.",
     )
+    mount_dir: Path = setting(Path("/run/samepage"), "Where pods see that directory; read-only.")
     token: bool = setting(
         True, 'Whether pods get a token: where the daemons have identity = "token".'
     )
@@ -67,7 +68,7 @@ class Config:
         for address in (self.listen, self.health_listen):
             check_listen(address)
         require(not self.listen.startswith(UNIX), f"listen must be host:port, not {self.listen}")
-        for name in ("socket_dir", "token_dir"):
+        for name in ("socket_dir", "mount_dir", "token_dir"):
             path = getattr(self, name)
             require(path.is_absolute(), f"{name} must be an absolute path, not {path}")
         require(bool(self.token_audience), "token_audience must not be empty")

@@ -12,7 +12,7 @@ from typing import Any
 from samepage_kubernetes.webhook.config import Config
 
 INJECT = "samepage.io/inject"
-SOCKETS = "samepage-sockets"
+SOCKETS = "samepage"
 TOKEN = "samepage-token"
 TOKEN_FILE = "token"
 
@@ -44,10 +44,13 @@ def patch(pod: Json, config: Config) -> list[Json]:
 
 def _parts(config: Config) -> tuple[list[Json], list[Json], list[Json]]:
     """Volumes, mounts and environment."""
-    sockets = str(config.socket_dir)
+    sockets = str(config.mount_dir)
     # The node may get its daemons later than this pod, which must not wait for them.
     volumes: list[Json] = [
-        {"name": SOCKETS, "hostPath": {"path": sockets, "type": "DirectoryOrCreate"}}
+        {
+            "name": SOCKETS,
+            "hostPath": {"path": str(config.socket_dir), "type": "DirectoryOrCreate"},
+        }
     ]
     mounts: list[Json] = [{"name": SOCKETS, "mountPath": sockets, "readOnly": True}]
     variables = [{"name": "SAMEPAGE_DIR", "value": sockets}]
