@@ -18,6 +18,7 @@ from samepage.daemon.peers import Outcomes, Peer
 from samepage.daemon.wire import PageState
 from samepage_scanner import fingerprints as fp
 from samepage_scanner.attention import BLOCK_PAGES, Attention
+from samepage_scanner.coldness import Coldness
 from samepage_scanner.match import Match
 from samepage_scanner.pages import PUBLISHED, Flags, Pages
 from samepage_scanner.threads import Threads
@@ -58,6 +59,7 @@ class Arena:
     Attributes:
         number: within its agent.
         attention: where to look next.
+        coldness: what stood still for how long.
         passes: how many times all of it was looked at.
         names_writes: its agent has not said that it cannot.
         closed: it is no more.
@@ -70,6 +72,7 @@ class Arena:
     domain: Domain
     pages: Pages
     attention: Attention
+    coldness: Coldness
     passes: int = 0
     names_writes: bool = True
     closed: bool = False
@@ -185,7 +188,7 @@ class Books:
             )
             self.domains[domain_name] = domain
         agent = self.agents[peer]
-        arena = Arena(agent, number, name, domain, space, attention)
+        arena = Arena(agent, number, name, domain, space, attention, Coldness(pages))
         agent.arenas[number] = arena
         domain.arenas.append(arena)
         self.pages += pages

@@ -83,6 +83,12 @@ class Config(NetworkSettings, IdentitySettings):
         "Tell the index only of fingerprints whose lowest bits are zero, so many, 0 to 16: of "
         "one in 2, 4, 8...",
     )
+    evict_idle_seconds: float = setting(
+        0.0,
+        "For how many seconds pages must not have been written before they may leave the host "
+        "(docs/cluster.md), 0 to 31536000. Those that come back must stand still for twice as "
+        "long the next time. 0: none leaves by itself.",
+    )
     cpu_percent: float = setting(
         10.0,
         "What background passes may spend, in percent of one core: scanner, agents and merger "
@@ -150,6 +156,11 @@ class Config(NetworkSettings, IdentitySettings):
         require(
             1 <= self.min_run_pages <= _RUN_PAGES_MAX,
             f"min_run_pages must be 1 to {_RUN_PAGES_MAX}, not {self.min_run_pages}",
+        )
+        require(
+            0 <= self.evict_idle_seconds <= _RECHECK_SECONDS_MAX,
+            f"evict_idle_seconds must be 0 to {_RECHECK_SECONDS_MAX:g}, not"
+            f" {self.evict_idle_seconds:g}",
         )
         require(
             0 <= self.sampling_bits <= _SAMPLING_BITS_MAX,

@@ -125,6 +125,7 @@ class _Work:
             changed = await self._stretch(arena, first, end)
             if changed is None:
                 return
+            arena.coldness.looked(first, changed)
             if rest_max is not None:
                 blocks.looked(first, end, changed, rest_max)
         arena.passes += 1

@@ -38,6 +38,8 @@ _OPTIONS = (
 # Long enough for one try to reconnect.
 _READY_SECONDS = 2 * _RECONNECT_MS_MAX / 1000
 
+_EVICT_RUN = np.dtype([("arena", "<u4"), ("page", "<u8"), ("count", "<u8")])
+
 Tally = npt.NDArray[np.int64]
 
 log = structlog.get_logger(__name__)
@@ -165,6 +167,26 @@ class MergerClient:
             raise self._away("is away" if away else f"failed: {error.details()}") from error
         finally:
             call.cancel()
+
+    async def evict(self, arena: Arena, ranges: npt.NDArray[np.int64]) -> int:
+        """Have runs of pages (rows of first and count) leave the host; return how many did.
+
+        Raises:
+            MergerAwayError: the merger went, shows no progress, or evicts nothing.
+        """
+        runs = np.zeros(len(ranges), _EVICT_RUN)
+        runs["page"], runs["count"] = ranges[:, 0], ranges[:, 1]
+        key = merger_pb2.ArenaKey(agent=arena.agent.peer.agent, arena=arena.number)
+        request = merger_pb2.EvictRequest(
+            domain=arena.domain.name, arenas=[key], runs=runs.tobytes()
+        )
+        gone = 0
+        try:
+            async for answer in self._stub.Evict(request, timeout=self._progress_seconds):
+                gone += answer.held_elsewhere + answer.spilled
+        except grpc.aio.AioRpcError as error:
+            raise self._away(f"evicts nothing: {error.details()}") from error
+        return gone
 
     async def cpu_seconds(self) -> float:
         """What the merger's process has spent since its start; 0 when it does not say."""

@@ -21,6 +21,7 @@ from samepage.daemon.policies import Policies
 from samepage.reports import ShareReport
 from samepage_scanner.books import Arena, Books, Domain
 from samepage_scanner.budget import Budget
+from samepage_scanner.cold import Evictions
 from samepage_scanner.config import Config
 from samepage_scanner.looking import Looker
 from samepage_scanner.merges import Merges
@@ -64,6 +65,7 @@ class Passes:
         budget: what background passes may spend.
         looker: what looks at pages.
         merges: what has equal pages merged.
+        evictions: what has cold pages leave.
         passes: how many there were.
         seconds: how long they took.
         shares: requests so far.
@@ -86,6 +88,7 @@ class Passes:
         self.budget = Budget(policies, self._urgent)
         self.looker = Looker(books, policies, self.budget)
         self.merges = Merges(policies, merger, self.budget, self._urgent.is_set)
+        self.evictions = Evictions(policies, merger, self.budget, self._urgent.is_set)
         self._running = asyncio.Lock()
         self.interval = policies.current.interval_seconds
         self.passes = 0
@@ -189,6 +192,9 @@ class Passes:
         for domain in domains:
             if domain.dirty and not self._waiting:
                 merged += await self._merge_in_background(domain)
+        for domain in domains:
+            if not self._waiting:
+                await self.evictions.evict(domain)
         if look.written or merged:
             self.interval = self._policies.current.interval_seconds
         else:

@@ -524,6 +524,7 @@ class ScannerPolicy(_message.Message):
     REST_PASSES_MAX_FIELD_NUMBER: _builtins.int
     MIN_RUN_PAGES_FIELD_NUMBER: _builtins.int
     SAMPLING_BITS_FIELD_NUMBER: _builtins.int
+    EVICT_IDLE_SECONDS_FIELD_NUMBER: _builtins.int
     interval_seconds: _builtins.float
     """Seconds from the beginning of a background pass to the next; 0.001 to 86400."""
     interval_max_seconds: _builtins.float
@@ -538,6 +539,8 @@ class ScannerPolicy(_message.Message):
     """Runs of equal pages that are shorter are left alone, and count as unique; 1 to 65536."""
     sampling_bits: _builtins.int
     """The index is told of fingerprints only whose lowest bits are zero, so many; 0 to 16."""
+    evict_idle_seconds: _builtins.float
+    """Pages that were not written for so many seconds leave the host; 0 (none do) to 31536000."""
     def __init__(
         self,
         *,
@@ -548,13 +551,16 @@ class ScannerPolicy(_message.Message):
         rest_passes_max: _builtins.int | None = ...,
         min_run_pages: _builtins.int | None = ...,
         sampling_bits: _builtins.int | None = ...,
+        evict_idle_seconds: _builtins.float | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "_min_run_pages", b"_min_run_pages", "_recheck_seconds", b"_recheck_seconds", "_rest_passes_max", b"_rest_passes_max", "_sampling_bits", b"_sampling_bits", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds", "min_run_pages", b"min_run_pages", "recheck_seconds", b"recheck_seconds", "rest_passes_max", b"rest_passes_max", "sampling_bits", b"sampling_bits"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_evict_idle_seconds", b"_evict_idle_seconds", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "_min_run_pages", b"_min_run_pages", "_recheck_seconds", b"_recheck_seconds", "_rest_passes_max", b"_rest_passes_max", "_sampling_bits", b"_sampling_bits", "cpu_percent", b"cpu_percent", "evict_idle_seconds", b"evict_idle_seconds", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds", "min_run_pages", b"min_run_pages", "recheck_seconds", b"recheck_seconds", "rest_passes_max", b"rest_passes_max", "sampling_bits", b"sampling_bits"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "_min_run_pages", b"_min_run_pages", "_recheck_seconds", b"_recheck_seconds", "_rest_passes_max", b"_rest_passes_max", "_sampling_bits", b"_sampling_bits", "cpu_percent", b"cpu_percent", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds", "min_run_pages", b"min_run_pages", "recheck_seconds", b"recheck_seconds", "rest_passes_max", b"rest_passes_max", "sampling_bits", b"sampling_bits"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent", "_evict_idle_seconds", b"_evict_idle_seconds", "_interval_max_seconds", b"_interval_max_seconds", "_interval_seconds", b"_interval_seconds", "_min_run_pages", b"_min_run_pages", "_recheck_seconds", b"_recheck_seconds", "_rest_passes_max", b"_rest_passes_max", "_sampling_bits", b"_sampling_bits", "cpu_percent", b"cpu_percent", "evict_idle_seconds", b"evict_idle_seconds", "interval_max_seconds", b"interval_max_seconds", "interval_seconds", b"interval_seconds", "min_run_pages", b"min_run_pages", "recheck_seconds", b"recheck_seconds", "rest_passes_max", b"rest_passes_max", "sampling_bits", b"sampling_bits"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__cpu_percent: _TypeAlias = _typing.Literal["cpu_percent"]  # noqa: Y015
     _WhichOneofArgType__cpu_percent: _TypeAlias = _typing.Literal["_cpu_percent", b"_cpu_percent"]  # noqa: Y015
+    _WhichOneofReturnType__evict_idle_seconds: _TypeAlias = _typing.Literal["evict_idle_seconds"]  # noqa: Y015
+    _WhichOneofArgType__evict_idle_seconds: _TypeAlias = _typing.Literal["_evict_idle_seconds", b"_evict_idle_seconds"]  # noqa: Y015
     _WhichOneofReturnType__interval_max_seconds: _TypeAlias = _typing.Literal["interval_max_seconds"]  # noqa: Y015
     _WhichOneofArgType__interval_max_seconds: _TypeAlias = _typing.Literal["_interval_max_seconds", b"_interval_max_seconds"]  # noqa: Y015
     _WhichOneofReturnType__interval_seconds: _TypeAlias = _typing.Literal["interval_seconds"]  # noqa: Y015
@@ -569,6 +575,8 @@ class ScannerPolicy(_message.Message):
     _WhichOneofArgType__sampling_bits: _TypeAlias = _typing.Literal["_sampling_bits", b"_sampling_bits"]  # noqa: Y015
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__cpu_percent) -> _WhichOneofReturnType__cpu_percent | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__evict_idle_seconds) -> _WhichOneofReturnType__evict_idle_seconds | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__interval_max_seconds) -> _WhichOneofReturnType__interval_max_seconds | None: ...
     @_typing.overload
