@@ -87,11 +87,14 @@ class CloneProgress:
         local_bytes: found on this host.
         fetched_bytes: come from other hosts.
         missing_bytes: to come.
+        freeze_us: microseconds that writers at the source had to wait, at the end of a migration;
+            what they wrote meanwhile is counted in `local_bytes` and `fetched_bytes` too.
     """
 
     local_bytes: int
     fetched_bytes: int
     missing_bytes: int
+    freeze_us: int = 0
 
 
 @dataclass(frozen=True, slots=True)

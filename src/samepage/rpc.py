@@ -100,7 +100,7 @@ def _translate(error: grpc.RpcError, address: str) -> errors.SamepageError:
     details: Callable[[], str | None] | None = getattr(error, "details", None)
     status = code() if code is not None else grpc.StatusCode.UNKNOWN
     text = (details() if details is not None else None) or str(error)
-    if status is grpc.StatusCode.DEADLINE_EXCEEDED:
+    if text == "Deadline Exceeded":  # grpc's own; a daemon says what took too long
         text = "no answer in time"
     kind = STATUS_ERRORS.get(status, errors.SamepageError)
     return kind(f"{address}: {text}")

@@ -13,7 +13,19 @@ from typing import Annotated
 import typer
 
 from samepage import errors
-from samepage.cli import arenas, doctor, evict, overlap, policy, scan, share, status, up
+from samepage.cli import (
+    arenas,
+    clone,
+    doctor,
+    evict,
+    migrate,
+    overlap,
+    policy,
+    scan,
+    share,
+    status,
+    up,
+)
 from samepage.cli.demo import command as demo_command
 from samepage.cli.top import command as top_command
 
@@ -40,6 +52,8 @@ COMMANDS = (
     evict.evict,
     scan.scan,
     overlap.overlap,
+    clone.clone,
+    migrate.migrate,
     policy.policy,
     doctor.doctor,
     demo_command.demo,

@@ -105,8 +105,12 @@ class Migration:
 
     async def _bring(self, stretches: AsyncIterator[Stretch]) -> int:
         """Bring pages that changed; return how many."""
-        changed = 0
+        changed = next_page = 0
         async for stretch in stretches:
+            if stretch.first < next_page:
+                # Told of again: what was told of it before must be here first.
+                await self._landing.finish()
+            next_page = stretch.first + len(stretch.digests)
             chunk = Chunk(stretch.pages, stretch.digests, stretch.fingerprints)
             for low in range(0, chunk.pages.size, _PART_PAGES):
                 await self._change(chunk[low : low + _PART_PAGES])

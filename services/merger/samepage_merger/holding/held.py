@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,7 +27,7 @@ from samepage.errors import (
     SealedError,
     ShareTimeoutError,
 )
-from samepage.reports import PAGE_SIZE, ArenaStats, ShareReport
+from samepage.reports import PAGE_SIZE, ArenaStats, CloneProgress, ShareReport
 from samepage.sizes import format_size
 from samepage_merger.holding.errors import LimitError, RangeError
 
@@ -36,8 +37,11 @@ SHARE_SECONDS_MAX = 600.0
 # How many calls of each kind run at once; further ones wait.
 _SHARES = 16
 _CALLS = 8
+_TRANSFERS = 8
 
 Key = tuple[str, str]
+Report = Callable[[CloneProgress], None]
+Bring = Callable[[Report], Arena]
 Arguments = TypeVarTuple("Arguments")
 Result = TypeVar("Result")
 
@@ -61,7 +65,7 @@ class HeldArenas:
     def __init__(self, node: Node, limits: Limits) -> None:
         self.limits = limits
         self.streams = 0
-        self._node = node
+        self.node = node
         self._arenas: dict[Key, Arena] = {}
         # Those that are being made too, so that calls at the same time keep to the limits.
         self._sizes: dict[Key, int] = {}
@@ -70,6 +74,7 @@ class HeldArenas:
         self._unfinished: set[asyncio.Task[Any]] = set()
         self._calls = ThreadPoolExecutor(_CALLS, "call")
         self._shares = ThreadPoolExecutor(_SHARES, "share")
+        self._transfers = ThreadPoolExecutor(_TRANSFERS, "transfer")
 
     @property
     def held_bytes(self) -> int:
@@ -104,12 +109,48 @@ class HeldArenas:
                 Node.create_arena().
         """
         key = (domain or DEFAULT_DOMAIN, name)
-        if key in self._sizes:
-            raise NameTakenError(f"an arena {name!r} of the domain {key[0]!r} is held already")
+        self._check_free(key)
         rounded = -(-size // PAGE_SIZE) * PAGE_SIZE
+        self._check_count()
         self._check_room(rounded)
         self._sizes[key] = rounded
-        return await self._to_the_end(self._create(key, size))
+        make = functools.partial(self.node.create_arena, name, size, key[0])
+        return await self._to_the_end(self._keep(key, self._calls, make))
+
+    async def bring(
+        self, domain: str, name: str, work: Bring, told: Report, *, copy: bool
+    ) -> Arena:
+        """Have an arena of another host brought here.
+
+        Args:
+            work: makes the arena, in a thread, and reports on the way.
+            told: gets the reports, in the event loop.
+            copy: whether it may be dropped: when it is too much, or the caller was cancelled.
+
+        Raises:
+            NameTakenError, LimitError: as `create`.
+            SamepageError: as Node.clone_arena() and Node.migrate_arena().
+        """
+        key = (domain or DEFAULT_DOMAIN, name)
+        self._check_free(key)
+        self._check_count()
+        self._sizes[key] = 0
+        loop = asyncio.get_running_loop()
+
+        def report(progress: CloneProgress) -> None:
+            loop.call_soon_threadsafe(told, progress)
+
+        coming = self._unfinished_task(self._keep(key, self._transfers, work, report))
+        try:
+            arena = await asyncio.shield(coming)
+        except asyncio.CancelledError:
+            if copy:
+                coming.add_done_callback(self._drop)
+            raise
+        if copy and self.held_bytes > self.limits.held_bytes:
+            await self.delete(arena)
+            self._check_room(arena.size)
+        return arena
 
     async def delete(self, arena: Arena) -> None:
         """End an arena; a caller that is cancelled does not stop that.
@@ -225,17 +266,24 @@ class HeldArenas:
         # Ends the shares in flight, which no caller waits for any more.
         await asyncio.to_thread(self._end)
         self._calls.shutdown()
+        self._transfers.shutdown()
         self._shares.shutdown(cancel_futures=True)
 
     def _end(self) -> None:
         # Arenas one by one, and before the node: what nobody views is unmapped, not copied back.
         while self._arenas:
             self._arenas.popitem()
-        self._node.close()
+        self.node.close()
 
-    def _check_room(self, size: int) -> None:
+    def _check_free(self, key: Key) -> None:
+        if key in self._sizes:
+            raise NameTakenError(f"an arena {key[1]!r} of the domain {key[0]!r} is held already")
+
+    def _check_count(self) -> None:
         if len(self._sizes) >= self.limits.arenas:
             raise LimitError(f"{len(self._sizes)} arenas are held already: delete some")
+
+    def _check_room(self, size: int) -> None:
         free = self.limits.held_bytes - self.held_bytes
         if size > free:
             raise LimitError(
@@ -244,14 +292,20 @@ class HeldArenas:
                 "raise hold_limit_bytes"
             )
 
-    async def _create(self, key: Key, size: int) -> Arena:
-        domain, name = key
+    async def _keep(
+        self,
+        key: Key,
+        pool: ThreadPoolExecutor,
+        make: Callable[[*Arguments], Arena],
+        *args: *Arguments,
+    ) -> Arena:
         try:
-            arena = await _in(self._calls, self._node.create_arena, name, size, domain)
+            arena = await _in(pool, make, *args)
         except BaseException:
             del self._sizes[key]
             raise
         self._arenas[key] = arena
+        self._sizes[key] = self._sizes[key] or arena.size
         return arena
 
     async def _seal(self, arena: Arena) -> None:
@@ -272,10 +326,18 @@ class HeldArenas:
 
     async def _to_the_end(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Await `work`, which goes on when the caller is cancelled."""
+        return await asyncio.shield(self._unfinished_task(work))
+
+    def _unfinished_task(self, work: Coroutine[Any, Any, Result]) -> asyncio.Task[Result]:
         task = asyncio.ensure_future(work)
         self._unfinished.add(task)
         task.add_done_callback(self._unfinished.discard)
-        return await asyncio.shield(task)
+        return task
+
+    def _drop(self, coming: asyncio.Task[Arena]) -> None:
+        """Delete a copy that nobody waits for any more."""
+        if not coming.cancelled() and coming.exception() is None:
+            self._unfinished_task(self._delete(coming.result()))
 
 
 def find_range(arena: Arena, offset: int, length: int) -> int:

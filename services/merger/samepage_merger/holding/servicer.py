@@ -16,6 +16,7 @@ from samepage.arena import Arena
 from samepage.v1 import arenas_pb2, arenas_pb2_grpc, scanner_pb2
 from samepage_merger.holding.errors import IdleError, LimitError, RangeError
 from samepage_merger.holding.held import SHARE_SECONDS, HeldArenas, find_range
+from samepage_merger.holding.transfers import cloned, message, migrated
 
 WRITTEN_BYTES = "samepage-written-bytes"
 # The first that an error is an instance of.
@@ -23,11 +24,17 @@ STATUS: tuple[tuple[type[errors.SamepageError], grpc.StatusCode], ...] = (
     # It was deleted while the call ran.
     (errors.ClosedError, grpc.StatusCode.NOT_FOUND),
     (errors.NotFoundError, grpc.StatusCode.NOT_FOUND),
+    (errors.MigratedError, grpc.StatusCode.NOT_FOUND),
+    (errors.LostError, grpc.StatusCode.DATA_LOSS),
+    (errors.PermissionDeniedError, grpc.StatusCode.PERMISSION_DENIED),
     (errors.NameTakenError, grpc.StatusCode.ALREADY_EXISTS),
     (RangeError, grpc.StatusCode.OUT_OF_RANGE),
     (LimitError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.OutOfMemoryError, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (errors.ShareTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.CloneTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.FetchTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
+    (errors.EvictTimeoutError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (IdleError, grpc.StatusCode.DEADLINE_EXCEEDED),
     (errors.UnsupportedKernelError, grpc.StatusCode.FAILED_PRECONDITION),
     (errors.ProtocolVersionError, grpc.StatusCode.FAILED_PRECONDITION),
@@ -39,7 +46,6 @@ STATUS: tuple[tuple[type[errors.SamepageError], grpc.StatusCode], ...] = (
     (errors.SamepageError, grpc.StatusCode.INTERNAL),
 )
 
-_NOT_YET = "this version's library makes no clones"
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
@@ -62,7 +68,7 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
         """A new arena."""
         async with _Telling(context):
             arena = await self._held.create(request.domain, request.arena, request.size)
-            return arenas_pb2.CreateArenaResponse(arena=_message(arena))
+            return arenas_pb2.CreateArenaResponse(arena=message(arena))
 
     async def WriteArena(
         self, request_iterator: AsyncIterator[arenas_pb2.WriteArenaRequest], context: Context
@@ -139,17 +145,24 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
             await self._held.seal(self._held.find(request.domain, request.arena))
             return arenas_pb2.SealArenaResponse()
 
-    async def CloneArena(  # type: ignore[override]  # sends nothing
+    async def CloneArena(
         self, request: arenas_pb2.CloneArenaRequest, context: Context
-    ) -> None:
-        """Not before the library can."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, _NOT_YET)
+    ) -> AsyncIterator[arenas_pb2.CloneArenaResponse]:
+        """A copy of another host's arena."""
+        async with _Telling(context), contextlib.aclosing(cloned(self._held, request)) as responses:
+            async for response in responses:
+                yield response
 
-    async def MigrateArena(  # type: ignore[override]  # sends nothing
+    async def MigrateArena(
         self, request: arenas_pb2.MigrateArenaRequest, context: Context
-    ) -> None:
-        """Not before the library can."""
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, _NOT_YET)
+    ) -> AsyncIterator[arenas_pb2.CloneArenaResponse]:
+        """Another host's arena, here."""
+        async with (
+            _Telling(context),
+            contextlib.aclosing(migrated(self._held, request)) as responses,
+        ):
+            async for response in responses:
+                yield response
 
     async def StatArena(
         self, request: arenas_pb2.StatArenaRequest, context: Context
@@ -159,7 +172,7 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
             arena = self._held.find(request.domain, request.arena)
             stats = await self._held.stats(arena)
             return arenas_pb2.StatArenaResponse(
-                arena=_message(arena),
+                arena=message(arena),
                 pages=stats.pages,
                 private_pages=stats.private,
                 shared_pages=stats.shared,
@@ -173,7 +186,7 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
     ) -> arenas_pb2.ListHeldArenasResponse:
         """All arenas, or those of a domain."""
         return arenas_pb2.ListHeldArenasResponse(
-            arenas=map(_message, self._held.arenas(request.domain))
+            arenas=map(message, self._held.arenas(request.domain))
         )
 
     async def DeleteArena(
@@ -228,12 +241,6 @@ class ArenasServicer(arenas_pb2_grpc.ArenasServicer):
                 f"the stream stood still for {self._idle_seconds:g} s: call again, from where it "
                 "stopped"
             ) from None
-
-
-def _message(arena: Arena) -> arenas_pb2.HeldArena:
-    return arenas_pb2.HeldArena(
-        domain=arena.domain, arena=arena.name, size=arena.size, sealed=arena.sealed
-    )
 
 
 class _Telling:
