@@ -100,6 +100,19 @@ async def test_evicted_pages_are_away_and_come_back(
     assert host.domain.needed().size == 0
 
 
+async def test_a_page_that_there_is_no_memory_for_stays_away(
+    host: MergerHost, agent: FakeMergingAgent
+) -> None:
+    data = random_pages(1, 4)
+    arena = await agent.open("arena", data)
+    await evict(host, arena, 1, 2)
+    digest = arena.away[1]
+    agent.lie = lambda outcomes: np.array([Outcome.NO_MAPPING, Outcome.MERGED], np.uint8)
+    outcomes = await host.orders.fill(found(host, arena), pages(1, 2), data[1:3].tobytes())
+    assert outcomes.tolist() == [Outcome.NO_MAPPING, Outcome.MERGED]
+    assert host.domain.needed().tobytes() == digest
+
+
 async def test_evicted_shared_pages_let_go_of_their_slots(
     host: MergerHost, agent: FakeMergingAgent
 ) -> None:

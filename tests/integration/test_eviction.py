@@ -16,6 +16,7 @@ from helpers.waiting import until
 
 from samepage.daemon import wire
 from samepage_merger.cluster.eviction import RUN
+from samepage_merger.cluster.letting_go import let_go
 
 PAGES = 1200
 
@@ -227,6 +228,78 @@ class TestHolders:
         cluster.index.hosts = {"a": host.address}
         await until(lambda: not arena.away)
         assert arena.poisoned.all()
+
+    async def test_a_restarted_owner_finds_out_who_holds_what(
+        self, cluster: EvictingCluster
+    ) -> None:
+        data = random_pages(300, 1)
+        for name in "bc":
+            await cluster.with_copy(name, data)
+        agent = await (await cluster.add("a")).agent()
+        arena = await agent.open("arena", data)
+        assert await agent.evict(arena) == (300, 0, 0, 0)
+        await cluster.kill("a")
+        await agent.ended.wait()
+        await agent.disconnect()
+        again = await cluster.add("a")
+        again.connected.append(agent)
+        await agent.connect()
+        await agent.announce(arena)
+        await again.elsewhere.keeper.run_once()
+        grants = again.elsewhere.grants
+        assert [grants.of_host(name) for name in "bc"] == [300, 300]
+        assert again.spilled() == 0
+        agent.fetch(arena, 0, 300)
+        await came_back(arena, data)
+
+    async def test_a_holder_that_stops_lets_go(self, cluster: EvictingCluster) -> None:
+        data = random_pages(300, 1)
+        holders = {name: await cluster.with_copy(name, data) for name in "bc"}
+        host = await cluster.add("a")
+        agent = await host.agent()
+        arena = await agent.open("arena", data)
+        await agent.evict(arena)
+        await let_go(holders["b"].domains, holders["b"].hosts, 10.0)
+        assert len(holders["b"].domain.holds) == 0
+        assert host.spilled() == 300 == host.elsewhere.keeper.secured
+        await let_go(holders["c"].domains, holders["c"].hosts, 10.0)
+        assert len(holders["c"].domain.holds) == 0
+        for name in "bc":
+            await cluster.kill(name)
+        agent.fetch(arena, 0, 300)
+        await came_back(arena, data)
+
+    async def test_what_is_safe_nowhere_else_comes_home(self, tmp_path: Path) -> None:
+        async with evicting_cluster(tmp_path, spill_dir=None) as cluster:
+            data = random_pages(300, 1)
+            for name in "bc":
+                await cluster.with_copy(name, data)
+            host = await cluster.add("a")
+            agent = await host.agent()
+            arena = await agent.open("arena", data)
+            assert await agent.evict(arena) == (300, 0, 0, 0)
+            await cluster.kill("b")
+            del cluster.index.hosts["b"]
+            host.hosts._asked_at = 0.0
+            await host.elsewhere.keeper.run_once()
+            await came_back(arena, data)
+
+    async def test_leases_are_renewed(self, cluster: EvictingCluster) -> None:
+        data = random_pages(20, 1)
+        holders = [await cluster.with_copy(name, data) for name in "bc"]
+        host = await cluster.add("a")
+        agent = await host.agent()
+        await agent.evict(await agent.open("arena", data))
+        keeper = host.elsewhere.keeper
+        await keeper.run_once()
+        before = [lease.expires for holder in holders for lease in holder.domain.holds]
+        await keeper.run_once()
+        assert [lease.expires for holder in holders for lease in holder.domain.holds] == before
+        keeper._renew_seconds = 0.01
+        await asyncio.sleep(0.01)
+        await keeper.run_once()
+        after = [lease.expires for holder in holders for lease in holder.domain.holds]
+        assert all(late > early for late, early in zip(after, before, strict=True))
 
 
 class TestRuns:

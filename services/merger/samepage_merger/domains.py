@@ -297,11 +297,12 @@ class Domain:
             self.free(self.books.unmap(arena.map, pages[done]))
             arena.away.add(pages[done], digests[done])
 
-    def no_longer_away(self, arena: Arena, pages: Int64s) -> None:
-        """Apply the outcomes of an order to fill or poison: what was not away before is not either
-        way."""
+    def no_longer_away(self, arena: Arena, pages: Int64s, outcomes: Outcomes) -> None:
+        """Apply the outcomes of an order to fill or poison: what it found busy was not away any
+        more; with any other outcome but MERGED a page stays away."""
+        ended = (outcomes == wire.Outcome.MERGED) | (outcomes == wire.Outcome.BUSY)
         if arena.state is not State.CLOSED:
-            arena.away.remove(pages)
+            arena.away.remove(pages[ended])
 
     def restore(self, arena: Arena, pages: Int64s) -> None:
         """Pages (each named once) map no slot any more; those that mapped none are ignored."""

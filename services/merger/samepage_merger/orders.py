@@ -335,7 +335,7 @@ def _call(undone: Callable[[], None] | None) -> None:
 
 
 def _no_longer_away(arena: Arena, pages: Int64s, outcomes: Outcomes) -> None:
-    arena.domain.no_longer_away(arena, pages)
+    arena.domain.no_longer_away(arena, pages, outcomes)
 
 
 def _pinned(arena: Arena, pages: Int64s, digests: Digests) -> tuple[Apply, Callable[[], None]]:
