@@ -14,6 +14,7 @@ STAMPS := $(VENV)/stamps
 SOAK_SECONDS ?= 600
 BENCH_LINES ?= bench/results/last.jsonl
 BENCH_PICTURE ?= bench/results/last.png
+IMAGE_CACHE ?= $(abspath .cache/images)
 PACKAGING := pyproject.toml hatch_build.py
 GENERATED := samepage/v1 samepage/kubelet
 PROTOS = $(sort $(wildcard $(GENERATED:%=proto/%/*.proto)))
@@ -89,12 +90,21 @@ configs-check: $(STAMPS)/dev ## Check that deploy/config/*.toml say every settin
 images: ## Build the container images, with buildah or docker (see tools/images)
 	@tools/images
 
-.PHONY: image-constraints
-image-constraints: $(STAMPS)/venv ## Write down the newest versions of what the images hold
+.PHONY: image-test
+image-test: $(STAMPS)/dev $(STAMPS)/system-images $(IMAGE_CACHE)/base.tar ## Build the images without a registry, and try them
+	@IMAGE_BASE_TAR=$(IMAGE_CACHE)/base.tar tools/images
+	@$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
+
+$(IMAGE_CACHE)/base.tar: tools/image-base | $(STAMPS)/system-images
+	@echo "==> making a root file system of Debian"
+	@mkdir -p $(@D) && tools/image-base $@
+
+.PHONY: image-requirements
+image-requirements: $(STAMPS)/venv ## Write down the newest versions of what the images hold
 	@out=$$(mktemp -d); trap 'rm -rf "$$out"' EXIT; $(PYTHON) -m venv "$$out/venv"; \
-	"$$out/venv/bin/pip" --disable-pip-version-check --quiet install '.[services]' hatchling; \
-	{ echo "# What the images are built from: written by 'make image-constraints'."; \
-	"$$out/venv/bin/pip" freeze --exclude samepage; } > deploy/images/constraints.txt
+	"$$out/venv/bin/pip" --disable-pip-version-check --quiet install '.[services]'; \
+	{ echo "# What the images are built from: written by 'make image-requirements'."; \
+	"$$out/venv/bin/pip" freeze --exclude samepage --exclude setuptools; } > deploy/images/requirements.txt
 
 .PHONY: chart-docs
 chart-docs: $(STAMPS)/dev ## Write the chart's schema and README table from its values.yaml

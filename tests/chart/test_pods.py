@@ -156,7 +156,7 @@ def assert_mounted(settings: Any, container: Manifest, root: Path) -> None:
     mounts = [mount["mountPath"] for mount in container["volumeMounts"]]
     for field, value in vars(settings).items():
         asks = getattr(settings, "identity", "token") == "token"
-        elsewhere = ("device", "socket_dir", "token_dir")  # in other containers
+        elsewhere = ("device", "socket_dir", "mount_dir", "token_dir")  # in other containers
         unused = field in elsewhere or (field.startswith("token_") and not asks)
         if isinstance(value, Path) and not unused:
             place = Path("/", value.relative_to(root)) if value.is_relative_to(root) else value

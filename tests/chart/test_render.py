@@ -87,3 +87,14 @@ def test_refuses_and_names_the_key(values: str) -> None:
     done = tool("helm", "template", CHART, "--set", values)
     assert done.returncode != 0
     assert REFUSED[values] in done.stderr
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nothing_holds_an_uninstall_up(case: str) -> None:
+    for each in objects(case):
+        metadata = each["metadata"]
+        assert "finalizers" not in metadata
+        hook = metadata.get("annotations", {}).get("helm.sh/hook")
+        assert hook in (None, "test"), metadata["name"]
+        for webhook in each.get("webhooks", ()):
+            assert webhook["failurePolicy"] == "Ignore"
