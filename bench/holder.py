@@ -123,17 +123,21 @@ class Commands:
         self._arena.unshare()
 
     def write(self, seconds: float) -> list[tuple[float, float]]:
-        """Write one's own bytes over and over.
+        """Write one's own bytes over and over, no page like another, so that none is shared.
 
         Returns:
             After each STROKE_BYTES: the time, and the processor time of this thread so far.
         """
         own = (ctypes.c_char * OWN_BYTES).from_buffer(self._memory, self._size)
-        address, end = ctypes.addressof(own), time.monotonic() + seconds
+        address = ctypes.addressof(own)
+        ctypes.memset(address, 1, OWN_BYTES)  # so that the memory is there
+        end = time.monotonic() + seconds
+        ink = ctypes.create_string_buffer(os.urandom(STROKE_BYTES + PAGE))
         strokes = [(time.monotonic(), time.thread_time())]
         while strokes[-1][0] < end:
             offset = len(strokes) * STROKE_BYTES % OWN_BYTES
-            ctypes.memset(address + offset, len(strokes) & 0xFF, STROKE_BYTES)
+            shift = len(strokes) * 8 % PAGE
+            ctypes.memmove(address + offset, ctypes.addressof(ink) + shift, STROKE_BYTES)
             strokes.append((time.monotonic(), time.thread_time()))
         return strokes
 
