@@ -32,7 +32,7 @@ from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
 from samepage_merger.cluster.landing import Chunk, Landing, Tools, check, distinct
 from samepage_merger.cluster.migrate import Migration
-from samepage_merger.cluster.source import Snapshot, Stretch
+from samepage_merger.cluster.source import Snapshot, Stretch, gathered
 from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session
 
 _PROGRESS_SECONDS = 0.1
@@ -238,7 +238,7 @@ class Clone:
                 arena = await self._open_arena(snapshot.pages)
                 landing = self._landing = Landing(self._services.tools, arena, snapshot.host)
                 await self._take_in(arena, first, landing)
-                async for stretch in stretches:
+                async for stretch in gathered(stretches):
                     await self._take_in(arena, stretch, landing)
             failpoint("clone.away")
             if self._wanted.lazy:

@@ -25,6 +25,7 @@ from samepage_merger.runs import Int64s
 #: How long the source may say nothing, in seconds.
 IDLE_SECONDS = 30.0
 _END_SECONDS = 5.0
+GATHERED_PAGES = 4096
 
 _ERRNO = {
     grpc.StatusCode.NOT_FOUND: errno.ENOENT,
@@ -168,6 +169,31 @@ class Snapshot:
         if not (known and end <= self.pages and len(self.id) == 16 and self.pages):
             raise _nonsense(self.host)
         return stretch
+
+
+async def gathered(
+    stretches: AsyncIterator[Stretch], pages: int = GATHERED_PAGES
+) -> AsyncGenerator[Stretch]:
+    """Pass on stretches that follow each other as fewer ones, of so many pages or a bit more: what
+    is done for each costs much the same, however long it is."""
+    parts: list[Stretch] = []
+    count = 0
+    async for stretch in stretches:
+        parts.append(stretch)
+        count += len(stretch.digests)
+        if count >= pages:
+            yield _joined(parts)
+            parts, count = [], 0
+    if count:
+        yield _joined(parts)
+
+
+def _joined(parts: list[Stretch]) -> Stretch:
+    return Stretch(
+        next(part.first for part in parts if len(part.digests)),
+        np.concatenate([part.digests for part in parts]),
+        np.concatenate([part.fingerprints for part in parts]),
+    )
 
 
 @contextlib.contextmanager
