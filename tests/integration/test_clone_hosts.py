@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import grpc
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -25,6 +26,7 @@ import samepage as client
 from samepage.cli.cluster import store_directory
 from samepage.daemon.failpoints import VARIABLE
 from samepage.reports import PAGE_SIZE
+from samepage.v1 import arenas_pb2, arenas_pb2_grpc
 
 PAGES = 2048
 SIZE = PAGES * PAGE_SIZE
@@ -308,6 +310,12 @@ class TestCommands:
         )
         assert moved["local_bytes"] == fresh and moved["fetched_bytes"] == 0
         assert moved["freeze_microseconds"] > 0
+        with grpc.insecure_channel(hosts.up.cluster.hosts[1].arenas) as channel:
+            helper = arenas_pb2_grpc.ArenasStub(channel)
+            with pytest.raises(grpc.RpcError) as gone:
+                list(helper.ReadArena(arenas_pb2.ReadArenaRequest(arena=name)))
+            assert gone.value.code() is grpc.StatusCode.NOT_FOUND
+            helper.DeleteArena(arenas_pb2.DeleteArenaRequest(arena=name))
 
     @pytest.mark.parametrize(
         ("arguments", "code", "text"),

@@ -4,14 +4,19 @@ All methods are called in the event loop. Bytes are copied in it, at most CHUNK_
 calls of the client library that wait for a daemon or touch whole arenas run in threads: shares,
 which may take minutes, in some of their own.
 
-A view of an arena lives only as long as a copy, so that deleting an arena unmaps it at once.
+A view of an arena lives only as long as a copy, so that deleting an arena unmaps it at once. It is
+the kernel that copies, by way of a file in memory: where an arena was migrated away, or its bytes
+are lost, that is an error, and a touch of this process's own would be its end, and that of all
+arenas in it.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import functools
+import os
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +27,7 @@ from samepage.arena import Arena
 from samepage.client import DEFAULT_DOMAIN, Node
 from samepage.errors import (
     InvalidArgumentError,
+    LostError,
     NameTakenError,
     NotFoundError,
     SealedError,
@@ -74,6 +80,8 @@ class HeldArenas:
         self._unfinished: set[asyncio.Task[Any]] = set()
         self._calls = ThreadPoolExecutor(_CALLS, "call")
         self._shares = ThreadPoolExecutor(_SHARES, "share")
+        self._scratch = os.memfd_create("samepage-scratch", os.MFD_CLOEXEC)
+        os.ftruncate(self._scratch, CHUNK_BYTES)
         self._transfers = ThreadPoolExecutor(_TRANSFERS, "transfer")
 
     @property
@@ -168,6 +176,7 @@ class HeldArenas:
             RangeError: they would end beyond the arena.
             SealedError: it can only be read.
             ClosedError: it was deleted.
+            MigratedError, LostError: its bytes are not here, and will not be.
         """
         if arena in self._sealed:
             raise SealedError(f"the arena {arena.name!r} is sealed: it can only be read")
@@ -177,16 +186,21 @@ class HeldArenas:
             )
         check_range(arena, offset, len(data))
         with arena.buffer as view:
-            view[offset : offset + len(data)] = data
+            os.pwrite(self._scratch, data, 0)
+            with _told(arena, offset, len(data)) as told:
+                told(os.preadv(self._scratch, [view[offset : offset + len(data)]], 0))
 
     def read(self, arena: Arena, offset: int, length: int) -> bytes:
         """Return bytes that `find_range` has allowed, at most CHUNK_BYTES.
 
         Raises:
             ClosedError: it was deleted.
+            MigratedError, LostError: its bytes are not here, and will not be.
         """
-        with arena.buffer as view:
-            return bytes(view[offset : offset + min(length, CHUNK_BYTES)])
+        size = min(length, CHUNK_BYTES)
+        with arena.buffer as view, _told(arena, offset, size) as told:
+            told(os.pwritev(self._scratch, [view[offset : offset + size]], 0))
+        return os.pread(self._scratch, size, 0)
 
     @contextlib.contextmanager
     def stream(self) -> Iterator[None]:
@@ -267,6 +281,7 @@ class HeldArenas:
         await asyncio.to_thread(self._end)
         self._calls.shutdown()
         self._transfers.shutdown()
+        os.close(self._scratch)
         self._shares.shutdown(cancel_futures=True)
 
     def _end(self) -> None:
@@ -338,6 +353,27 @@ class HeldArenas:
         """Delete a copy that nobody waits for any more."""
         if not coming.cancelled() and coming.exception() is None:
             self._unfinished_task(self._delete(coming.result()))
+
+
+@contextlib.contextmanager
+def _told(arena: Arena, offset: int, size: int) -> Iterator[Callable[[int], None]]:
+    """See that the kernel copies all of so many bytes.
+
+    Raises:
+        MigratedError, LostError: their pages are not to be had.
+    """
+
+    def told(copied: int) -> None:
+        if copied < size:
+            raise OSError(errno.EFAULT, "not all was copied")
+
+    try:
+        yield told
+    except OSError as error:
+        if error.errno != errno.EFAULT:
+            raise
+        arena.fetch(offset, size)
+        raise LostError(f"bytes of the arena {arena.name!r} are lost") from None
 
 
 def find_range(arena: Arena, offset: int, length: int) -> int:
