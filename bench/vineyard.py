@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -101,19 +102,19 @@ def _main(size: int) -> None:
             )
             ready = at.exists
             stack.enter_context(_process(program, *settings, ready=ready))
-            clients.append(vineyard.connect(str(at)))  # type: ignore[no-untyped-call]
+            clients.append(vineyard.connect(str(at)))
         print(json.dumps(_migrate(size, *clients)))
 
 
-def _migrate(size: int, source: object, destination: object) -> list[float]:
+def _migrate(size: int, source: Any, destination: Any) -> list[float]:
     array = np.frombuffer(bytearray(os.urandom(size)), np.uint8)
     seconds = []
     for part in (1.0, 1.0 - _EQUAL_PART):
         array[: int(size * part)] = np.frombuffer(os.urandom(int(size * part)), np.uint8)
-        name = source.put(array)  # type: ignore[attr-defined]
-        source.persist(name)  # type: ignore[attr-defined]
+        name = source.put(array)
+        source.persist(name)
         began = time.perf_counter()
-        copy = destination.get(name, fetch=True)  # type: ignore[attr-defined]
+        copy = destination.get(name, fetch=True)
         seconds.append(time.perf_counter() - began)
         if not np.array_equal(copy, array):
             raise RuntimeError("Vineyard's copy differs")
