@@ -66,6 +66,7 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
     Attributes:
         kept: pages that are held by Hold, or since a snapshot was ended so.
         sent: pages that were fetched.
+        renewed: snapshots whose lease was renewed.
         before: called with the name of each call before it is answered; may abort it.
     """
 
@@ -74,6 +75,7 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
         self.snapshots: dict[bytes, SourceSnapshot] = {}
         self.kept: dict[bytes, bytes] = {}
         self.sent = 0
+        self.renewed: set[bytes] = set()
         self.before: Callable[[str, Context], Any] | None = None
         self.address = ""
         self._digester = digester
@@ -167,7 +169,8 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
         return pb.HoldResponse(held=bytes(held))
 
     async def Renew(self, request: pb.RenewRequest, context: Context) -> pb.RenewResponse:
-        """Leases never end here."""
+        """Leases never end here; who renews which snapshot is noted."""
+        self.renewed |= set(request.snapshot_ids)
         return pb.RenewResponse(holds=len(self.kept))
 
     async def Release(self, request: pb.ReleaseRequest, context: Context) -> pb.ReleaseResponse:

@@ -32,6 +32,7 @@ from samepage_merger.runs import Int64s
 SOURCE = "host-b"
 PAGES = 3000
 ZEROS = 100
+LEASE_SECONDS = 3.0
 
 
 class OneHost:
@@ -94,7 +95,7 @@ class CloningHost(MergerHost):
             self.orders, self.headroom, MappingBudget(self.policies, self.orders), there, there
         )
         services = Services(
-            "host-a", self.hosts, tools, self.domains, self.journal, lease_seconds=60.0
+            "host-a", self.hosts, tools, self.domains, self.journal, lease_seconds=LEASE_SECONDS
         )
         self.clones = Clones(services, self.handovers)
         self.agents.clones = self.clones

@@ -97,6 +97,18 @@ class TestClone:
         assert arena.view() == source.arenas["there"].data.tobytes()
         await nothing_left(host, source, agent)
 
+    async def test_snapshot_is_kept_for_as_long_as_it_takes(
+        self, host: CloningHost, source: FakeSource, agent: CloningAgent
+    ) -> None:
+        async def slow(call: str) -> None:
+            if call == "Fetch":
+                await until(lambda: bool(source.renewed))
+
+        source.before = lambda call, context: slow(call)
+        await agent.clone(wanted())
+        assert len(source.renewed) == 1
+        await nothing_left(host, source, agent)
+
 
 class TestFailure:
     @pytest.mark.parametrize(

@@ -37,6 +37,8 @@ from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Sessio
 
 _PROGRESS_SECONDS = 0.1
 _OPEN_SECONDS = 30.0
+# Of the lease of a snapshot, within its length.
+_RENEWALS = 3
 
 log = structlog.get_logger(__name__)
 
@@ -229,6 +231,7 @@ class Clone:
 
     async def _from(self, snapshot: Snapshot) -> int:
         telling = asyncio.ensure_future(self._tell_forever())
+        renewing = asyncio.ensure_future(self._renew_forever(snapshot))
         try:
             async with contextlib.aclosing(snapshot.round()) as stretches:
                 first = await anext(stretches)
@@ -255,6 +258,7 @@ class Clone:
             return 0
         finally:
             telling.cancel()
+            renewing.cancel()
             if self._target is not None:
                 self._services.exempt.discard(self._target)
             if self._landing is not None and not self._wanted.lazy:
@@ -329,6 +333,15 @@ class Clone:
             if self._pages and self._counts() != told:
                 told = self._counts()
                 self._tell()
+
+    async def _renew_forever(self, snapshot: Snapshot) -> None:
+        """Have the source keep the snapshot for as long as this takes."""
+        while True:
+            await asyncio.sleep(self._services.lease_seconds / _RENEWALS)
+            try:
+                await snapshot.renew()
+            except RefusedError as refused:
+                log.info("a snapshot could not be renewed", why=refused.args[1])
 
     def _tell(self) -> None:
         peer, message = self._session.peer, self._message

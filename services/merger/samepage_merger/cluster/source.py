@@ -122,6 +122,18 @@ class Snapshot:
         with told(self.host):
             await self._stub.EndSnapshot(request, timeout=_END_SECONDS)
 
+    async def renew(self) -> None:
+        """Have the source keep the snapshot for as long as it was to keep it at first.
+
+        Raises:
+            RefusedError: as the protocol knows it.
+        """
+        request = pages_pb2.RenewRequest(
+            owner=self._owner, lease_ms=self._lease_ms, snapshot_ids=[self.id]
+        )
+        with told(self.host):
+            await self._stub.Renew(request, timeout=_END_SECONDS)
+
     async def leave(self, seconds: float) -> bool:
         """Ask the source to let go of the frozen arena; whether it did, for good.
 
