@@ -317,6 +317,23 @@ class TestCommands:
             assert gone.value.code() is grpc.StatusCode.NOT_FOUND
             helper.DeleteArena(arenas_pb2.DeleteArenaRequest(arena=name))
 
+    def test_copy_that_was_interrupted_is_dropped(self, hosts: Hosts, one: client.Node) -> None:
+        source = filled(one, hosts.name(), seed=42)
+        name = hosts.name()
+        laid = hosts.lay("clone.away", "sleep 2")
+        arguments = ("clone", f"host-1/{source.name}", "--to", "host-2", "--name", name, "--dir")
+        command = [sys.executable, "-m", "samepage", *arguments, str(hosts.up.directory)]
+        with subprocess.Popen(command, stderr=subprocess.PIPE) as cloning:
+            eventually(lambda: not laid.exists())
+            cloning.send_signal(signal.SIGINT)
+            assert cloning.wait(30) == 130
+        with grpc.insecure_channel(hosts.up.cluster.hosts[1].arenas) as channel:
+            helper = arenas_pb2_grpc.ArenasStub(channel)
+            # The name is free when nothing is left of it.
+            eventually(lambda: created(helper, name))
+            helper.DeleteArena(arenas_pb2.DeleteArenaRequest(arena=name))
+        eventually(lambda: not hosts.notes())
+
     @pytest.mark.parametrize(
         ("arguments", "code", "text"),
         [
@@ -333,6 +350,16 @@ class TestCommands:
     ) -> None:
         result = samepage(*arguments, "--dir", hosts.up.directory)
         assert result.returncode == code and text in result.stderr
+
+
+def created(helper: arenas_pb2_grpc.ArenasStub, name: str) -> bool:
+    """Make an arena of one page, if its name is free."""
+    try:
+        helper.CreateArena(arenas_pb2.CreateArenaRequest(arena=name, size=PAGE_SIZE))
+    except grpc.RpcError as error:
+        assert "held already" in str(error)
+        return False
+    return True
 
 
 def again(make: Callable[[], client.Arena]) -> client.Arena:
