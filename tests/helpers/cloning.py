@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,10 @@ class OneHost:
     async def live(self) -> Mapping[str, OneHost]:
         """Who has a lease."""
         return {} if self.gone else {SOURCE: self}
+
+    def known(self, names: Iterable[str]) -> list[OneHost]:
+        """Who was ever heard of."""
+        return [self for name in names if name == SOURCE]
 
 
 class FromSource:

@@ -131,6 +131,23 @@ class TestMigrate:
         arena = await agent.clone(MIGRATE)
         assert arena.view() == source.arenas["there"].data.tobytes()
 
+    async def test_source_that_only_the_index_lost_is_asked_still(
+        self,
+        host: CloningHost,
+        source: FakeSource,
+        agent: CloningAgent,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr("samepage_merger.cluster.handover._GONE_SECONDS", 0.0)
+
+        async def lose_the_lease(call: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            host.hosts.gone = host.hosts.gone or call == "Freeze"
+
+        source.before = lose_the_lease
+        arena = await agent.clone(MIGRATE)
+        assert source.arenas["there"].left
+        assert arena.view() == source.arenas["there"].data.tobytes()
+
 
 class TestHandOver:
     """From the moment that the source is asked to leave, nobody gives up."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -51,6 +51,9 @@ class Hosts(Protocol):
         Raises:
             HostAwayError: the index is away.
         """
+
+    def known(self, names: Iterable[str]) -> Sequence[Host]:
+        """Return those of the hosts that were ever heard of."""
 
 
 class HandOver:
@@ -167,17 +170,19 @@ class HandOvers:
         pause = _PAUSE_SECONDS
         gone_since: float | None = None
         while True:
+            live = True
             try:
-                host = (await self._hosts.live()).get(note.host)
-                if host is not None:
-                    gone_since = None
+                live = note.host in await self._hosts.live()
+                # One without a lease may be well, and only out of the index's sight.
+                for host in self._hosts.known([note.host]):
                     known = Snapshot.known(host.stub, note.host, bytes.fromhex(note.snapshot))
                     return await call(known)
-                gone_since = gone_since or time.monotonic()
-                if time.monotonic() - gone_since >= _GONE_SECONDS:
-                    return None
             except (RefusedError, HostAwayError, SamepageError) as error:
                 log.info("a host does not answer yet", host=note.host, why=str(error))
+            now = time.monotonic()
+            gone_since = None if live else gone_since or now
+            if gone_since is not None and now - gone_since >= _GONE_SECONDS:
+                return None
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)
 
