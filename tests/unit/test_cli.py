@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -301,3 +302,22 @@ def test_policies_that_are_none(tmp_path: Path, change: str, text: str) -> None:
     done = samepage("policy", change, "--dir", tmp_path)
     assert done.returncode == 2
     assert text in done.stderr
+
+
+def test_interrupted_while_it_still_imports(tmp_path: Path) -> None:
+    """Ctrl-C is no traceback, however early: here inside the import of typer."""
+    slow = "import sys\nprint('importing', flush=True)\nsys.stdin.read()\n"
+    (tmp_path / "typer.py").write_text(slow)
+    with subprocess.Popen(
+        [Path(sys.executable).with_name("samepage"), "--version"],
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(30) == 130
+        assert process.stderr.read() == ""

@@ -28,13 +28,13 @@ from samepage.cli import (
 )
 from samepage.cli.demo import command as demo_command
 from samepage.cli.top import command as top_command
+from samepage_command import INTERRUPTED
 
 EXIT_CODES = (
     (errors.InvalidArgumentError, 2),
     (errors.NotRunningError, 3),
     (errors.UnsupportedKernelError, 4),
 )
-INTERRUPTED = 130
 
 app = typer.Typer(
     name="samepage",
