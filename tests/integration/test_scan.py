@@ -269,6 +269,28 @@ def test_arenas_are_estimated_and_not_changed(up: Up) -> None:
         assert samepage("scan", "--dir", up.directory).returncode == 0
 
 
+@pytest.mark.needs("root", "userfaultfd", "move", "wp_tmpfs", "remap")
+def test_duplicates_within_a_process_and_across_the_host(up: Up) -> None:
+    """A page that another process has too counts as the host's, wherever its leader is."""
+    hour = ("interval_seconds=3600", "interval_max_seconds=3600")  # no background pass meanwhile
+    assert samepage("policy", *hour, "--dir", up.directory).returncode == 0
+    with contextlib.ExitStack() as stack:
+        one, other = (stack.enter_context(Application(up.host())) for _ in range(2))
+        for name in ("first", "second"):
+            one.call("create", name, 100)
+            one.call("fill", name, 1, 0, 40)
+            one.call("fill", name, 2, 60, 30)
+        other.call("create", "third", 100)
+        other.call("fill", "third", 2, 0, 30)
+        done = samepage("scan", "--dir", up.directory, "--json")
+        [domain] = json.loads(done.stdout)[0]["domains"]
+        arenas = domain["arenas"]
+        kinds = ("same_process", "same_host", "duplicate")
+        assert [sum(arena[kind] for arena in arenas) for kind in kinds] == [40, 60, 100]
+        told = samepage("scan", "--dir", up.directory, env={**os.environ, "COLUMNS": "200"})
+        assert "same process" in told.stdout and "same host" in told.stdout
+
+
 def assert_the_picture_shows_where(up: Up) -> None:
     """The first 800 pages of one of two arenas would be shared, the last 100 were never touched."""
     [host] = places.find(up.directory).hosts

@@ -242,3 +242,19 @@ def test_mute_arenas_only_lead_with_what_they_share(size: str) -> None:
     assert spans(found.equal) == {((1, 0), (0, 0), 1), ((2, 0), (0, 0), 1), ((2, 1), (1, 1), 1)}
     assert not len(found.zero)
     assert found.unique.tolist() == [0, 0, 0]
+
+
+def test_followers_whose_equals_are_all_in_their_own_process(size: str) -> None:
+    """Shared pages of others count too, though nobody follows them."""
+    shared: list[Page] = [(3, PageState.SHARED, True), (9, PageState.SHARED, True)]
+    arenas = [
+        make(private([1, 1, 2, 2, 9])),
+        make([*private([1, 2, 4]), *shared]),
+        make([*private([2, 3]), (3, PageState.SHARED, True), *private([5, 5])]),
+    ]
+    found = match.match(arenas, processes=[7, 7, 8])
+    assert int(found.equal["count"].sum()) == 2 + 3 + 1 + 1 + 1
+    # of its ones and twos, and the nine that its own process shares; not the twos, that two have
+    assert int(found.same_process[:2].sum()) == 2 + 1
+    assert found.same_process[2] == 1  # a five; its three is shared by both processes
+    assert match.match(arenas).same_process.tolist() == [0, 0, 0]

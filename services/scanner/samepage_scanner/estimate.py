@@ -35,7 +35,8 @@ class Stretches:
 @dataclass(frozen=True, slots=True)
 class ArenaEstimate:
     """Pages of an arena, by what a share would make of them; they sum to `pages`, but for `runs`,
-    which is how many runs of neighbours the duplicates are in."""
+    which is how many runs of neighbours the duplicates are in, and for `same_process`, which is how
+    many of them are equal to pages of their own process alone."""
 
     arena: Arena
     pages: int
@@ -43,6 +44,7 @@ class ArenaEstimate:
     shared: int
     zero: int
     duplicate: int
+    same_process: int
     kept: int
     runs: int
     stretches: Stretches | None
@@ -66,7 +68,9 @@ async def estimate(arenas: Sequence[Arena], stretches: int = 0) -> Estimate:
 
 
 def _estimate(arenas: list[Arena], stretches: int) -> Estimate:
-    found = match([arena.pages for arena in arenas], waive=True)
+    numbers = {agent: number for number, agent in enumerate({arena.agent for arena in arenas})}
+    processes = [numbers[arena.agent] for arena in arenas]
+    found = match([arena.pages for arena in arenas], waive=True, processes=processes)
     estimates = [_of(arena, row, found, stretches) for row, arena in enumerate(arenas)]
     return Estimate(estimates, _lengths(found))
 
@@ -80,7 +84,18 @@ def _of(arena: Arena, row: int, found: Match, stretches: int) -> ArenaEstimate:
     # the page that others follow is kept, as are those without an equal one
     kept = max(pages - absent - shared - zero - duplicate, 0)
     where = _stretches(arena.pages, row, found, stretches) if stretches else None
-    return ArenaEstimate(arena, pages, absent, shared, zero, duplicate, kept, equal.size, where)
+    return ArenaEstimate(
+        arena=arena,
+        pages=pages,
+        absent=absent,
+        shared=shared,
+        zero=zero,
+        duplicate=duplicate,
+        same_process=int(found.same_process[row]),
+        kept=kept,
+        runs=equal.size,
+        stretches=where,
+    )
 
 
 def _stretches(pages: Pages, row: int, found: Match, count: int) -> Stretches:

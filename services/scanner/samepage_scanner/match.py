@@ -84,11 +84,14 @@ class Match:
         zero: runs of pages that hold only zeros, longest first.
         unique: by arena, private pages that no other page of those looked at is equal to, or
             that are equal in runs only that were left alone.
+        same_process: by arena, pages that follow, and whose equals are all in their own process;
+            only where processes were given.
     """
 
     equal: Runs
     zero: Runs
     unique: npt.NDArray[np.int64]
+    same_process: npt.NDArray[np.int64]
 
 
 def match(
@@ -97,6 +100,7 @@ def match(
     waive: bool = False,
     min_run: int = 1,
     mute: Collection[int] = (),
+    processes: Sequence[int] = (),
 ) -> Match:
     """Match all pages of one domain.
 
@@ -105,16 +109,24 @@ def match(
         waive: look also at pages that are not stable.
         min_run: leave shorter runs of equal pages alone.
         mute: arenas, by number, that nothing can be done with now; their shared pages lead.
+        processes: whose each arena is, by any number.
     """
-    return _Matching(arenas, waive, mute).result(min_run)
+    return _Matching(arenas, waive, mute, processes).result(min_run)
 
 
 class _Matching:
     """One run of the algorithm. By place: `groups` says which group a page is in, `parts` in which
     part of the work it is looked at, from 1 on; 0 where it is in none."""
 
-    def __init__(self, arenas: Sequence[Pages], waive: bool, mute: Collection[int]) -> None:
+    def __init__(
+        self,
+        arenas: Sequence[Pages],
+        waive: bool,
+        mute: Collection[int],
+        processes: Sequence[int],
+    ) -> None:
         self._arenas = arenas
+        self._processes = processes
         self._wanted = [HAS_FINGERPRINT if waive else HAS_STABLE_FINGERPRINT] * len(arenas)
         self._zeros = [IS_ZERO if waive else IS_STABLE_ZERO] * len(arenas)
         for number in mute:
@@ -127,6 +139,7 @@ class _Matching:
         self._groups = np.zeros(self._places, np.uint32)
         self._group_count = 0
         self._unique = np.zeros(len(arenas), np.int64)
+        self._same_process = np.zeros(len(arenas), np.int64)
 
     def result(self, min_run: int) -> Match:
         parts = self._divided()
@@ -136,10 +149,18 @@ class _Matching:
         if self._group_count:
             chains = self._chains(parts)
             del parts
-            equal = _join(list(self._equal(self._leaders(*chains))))
+            leaders = self._leaders(*chains)
+            equal = _join(list(self._equal(leaders)))
+            if self._processes:
+                self._count_same_process(leaders)
             equal = self._leave_short(equal, min_run)
         zero = _join(list(self._zero()))
-        return Match(self._records(*equal), self._records(zero[0], None, zero[2]), self._unique)
+        return Match(
+            self._records(*equal),
+            self._records(zero[0], None, zero[2]),
+            self._unique,
+            self._same_process,
+        )
 
     def _divided(self) -> Parts:
         """The parts of the pages to look at, by the topmost bits of their keys."""
@@ -229,7 +250,12 @@ class _Matching:
 
     def _equal(self, leaders: Places) -> Iterator[npt.NDArray[np.int64]]:
         """Runs of every block: followers, leaders, counts."""
-        for base, pages in zip(self._bases, self._arenas, strict=False):
+        for _, places, led_by in self._followers(leaders):
+            yield _runs(places, led_by)
+
+    def _followers(self, leaders: Places) -> Iterator[tuple[int, Places, Places]]:
+        """By block: its arena's number, followers, their leaders."""
+        for number, (base, pages) in enumerate(zip(self._bases, self._arenas, strict=False)):
             for block in pages.blocks():
                 first = int(base) + block.start
                 groups = self._groups[first : first + block.stop - block.start]
@@ -237,7 +263,20 @@ class _Matching:
                 rows = np.flatnonzero((groups > 0) & private)
                 led_by = leaders[groups[rows]]
                 follows = led_by != rows + first
-                yield _runs(rows[follows] + first, led_by[follows])
+                yield number, rows[follows] + first, led_by[follows]
+
+    def _count_same_process(self, leaders: Places) -> None:
+        """Count the followers of groups that are all of one process."""
+        owners = np.full(self._group_count + 1, -1, np.int64)
+        several = np.zeros(self._group_count + 1, np.bool_)
+        for base, pages, process in zip(self._bases, self._arenas, self._processes, strict=False):
+            groups = self._groups[base : base + len(pages)]
+            groups = groups[groups > 0]
+            several[groups] |= (owners[groups] >= 0) & (owners[groups] != process)
+            owners[groups] = process
+        for number, places, _ in self._followers(leaders):
+            alone = ~several[self._groups[places]]
+            self._same_process[number] += np.count_nonzero(alone)
 
     def _leave_short(self, runs: npt.NDArray[np.int64], min_run: int) -> npt.NDArray[np.int64]:
         """The runs that are long enough; private pages in others alone are unique."""

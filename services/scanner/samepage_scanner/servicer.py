@@ -209,6 +209,8 @@ def _estimate(domain: str, found: Estimate) -> scanner_pb2.EstimateSavingsRespon
                 shared=each.shared,
                 zero=each.zero,
                 duplicate=each.duplicate,
+                same_process=each.same_process,
+                same_host=each.duplicate - each.same_process,
                 kept=each.kept,
                 runs=each.runs,
                 stretches=_stretches(each.stretches),

@@ -83,6 +83,8 @@ class ArenaEstimate:
     shared: int
     zero: int
     duplicate: int
+    same_process: int
+    same_host: int
     kept: int
     runs: int
     stretches: list[Stretch]

@@ -225,6 +225,8 @@ def _scan_arenas(hosts: Sequence[places.Host], plot: Path | None, json: bool) ->
             _size(arena.shared),
             _size(arena.zero),
             _size(arena.duplicate),
+            _size(arena.same_process),
+            _size(arena.same_host),
             arena.runs,
             _size(arena.kept),
             _size(arena.absent),
@@ -233,8 +235,9 @@ def _scan_arenas(hosts: Sequence[places.Host], plot: Path | None, json: bool) ->
         for domain in domains
         for arena in domain.arenas
     ]
-    columns = ("host", "domain", "arena", ">size", ">shared", ">zero", ">duplicate", ">runs")
-    print_table([*columns, ">kept", ">absent"], rows)
+    columns = ("host", "domain", "arena", ">size", ">shared", ">zero", ">duplicate")
+    kinds = (">same process", ">same host", ">runs", ">kept", ">absent")
+    print_table([*columns, *kinds], rows)
     _show_runs(_runs(found))
     saved = sum(a.zero + a.duplicate for _, domains in found for d in domains for a in d.arenas)
     print(f"Sharing now would save {_size(saved)}. 'samepage share' does it.")

@@ -267,6 +267,8 @@ class ArenaEstimate(_message.Message):
     KEPT_FIELD_NUMBER: _builtins.int
     RUNS_FIELD_NUMBER: _builtins.int
     STRETCHES_FIELD_NUMBER: _builtins.int
+    SAME_PROCESS_FIELD_NUMBER: _builtins.int
+    SAME_HOST_FIELD_NUMBER: _builtins.int
     name: _builtins.str
     pid: _builtins.int
     """Process id as the scanner sees it, 0 when it cannot."""
@@ -283,6 +285,12 @@ class ArenaEstimate(_message.Message):
     """The rest: no equal page on this host, or the one copy of several that is kept."""
     runs: _builtins.int
     """Runs of neighbours that the duplicates are in: as many mappings it would take."""
+    same_process: _builtins.int
+    """The duplicates that are equal to pages of their own process alone."""
+    same_host: _builtins.int
+    """The other duplicates: another process of this host has an equal page. Both are 0 in answers of
+    scanners that do not tell.
+    """
     @_builtins.property
     def stretches(self) -> _containers.RepeatedCompositeFieldContainer[Global___Stretch]:
         """From the arena's beginning to its end."""
@@ -300,10 +308,12 @@ class ArenaEstimate(_message.Message):
         kept: _builtins.int = ...,
         runs: _builtins.int = ...,
         stretches: _abc.Iterable[Global___Stretch] | None = ...,
+        same_process: _builtins.int = ...,
+        same_host: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "duplicate", b"duplicate", "kept", b"kept", "name", b"name", "pages", b"pages", "pid", b"pid", "runs", b"runs", "shared", b"shared", "stretches", b"stretches", "zero", b"zero"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["absent", b"absent", "duplicate", b"duplicate", "kept", b"kept", "name", b"name", "pages", b"pages", "pid", b"pid", "runs", b"runs", "same_host", b"same_host", "same_process", b"same_process", "shared", b"shared", "stretches", b"stretches", "zero", b"zero"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
