@@ -10,6 +10,14 @@
 
 #include "check.h"
 
+/* How often to meet by chance: under the thread sanitizer, which finds a race the first time that it
+ * sees it and makes each access many times slower, a tenth of that. */
+#ifdef __SANITIZE_THREAD__
+#define OFTEN(n) ((n) / 10)
+#else
+#define OFTEN(n) (n)
+#endif
+
 struct racing {
 	struct sp_mailbox mailbox;
 	struct sp_faults faults;

@@ -10,7 +10,7 @@
 
 #define PAGES 256
 #define THREADS 2
-#define ROUNDS 4000
+#define ROUNDS OFTEN(4000)
 #define MOST 512
 
 static struct sp_regions regions;

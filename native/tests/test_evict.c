@@ -9,7 +9,7 @@
 
 #define PAGES 64
 #define THREADS 2
-#define EVICTIONS 20000
+#define EVICTIONS OFTEN(20000)
 
 static uint64_t slot_of[PAGES];
 static struct racing racing = {.slot_of = slot_of};

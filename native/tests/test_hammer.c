@@ -9,7 +9,7 @@
 
 #define PAGES 64
 #define THREADS 2
-#define SWAPS 60000
+#define SWAPS OFTEN(60000)
 #define SLOTS 4096
 
 static uint64_t slot_of[PAGES];
