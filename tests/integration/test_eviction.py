@@ -177,6 +177,23 @@ class TestHolders:
         await came_back(arena, data)
         await swept(host, lambda: not any(len(holder.domain.holds) for holder in holders))
 
+    async def test_a_host_that_holds_nothing_is_not_asked_to_go_on(
+        self, cluster: EvictingCluster
+    ) -> None:
+        data = random_pages(10, 1)
+        for name in "bc":
+            await cluster.with_copy(name, data)
+        host = await cluster.add("a")
+        agent = await host.agent()
+        arena = await agent.open("arena", data)
+        assert await agent.evict(arena) == (10, 0, 0, 0)
+        await host.elsewhere.keeper.run_once()
+        assert sorted(host.elsewhere.grants.hosts()) == ["b", "c"]
+        await agent.close_arena(arena)
+        await swept(host, lambda: not len(host.elsewhere.grants))
+        await host.elsewhere.keeper.run_once()
+        assert host.elsewhere.grants.hosts() == []
+
     async def test_too_few_holders_and_it_is_spilled(self, cluster: EvictingCluster) -> None:
         data = random_pages(100, 1)
         await cluster.with_copy("b", data)

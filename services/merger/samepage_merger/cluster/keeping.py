@@ -135,6 +135,11 @@ class Keeper:
     async def _renew(self) -> dict[str, Host]:
         """Renew what is due, and forget what cannot be relied on; return the live hosts."""
         hosts, grants = self._means.hosts, self._means.grants
+        for name in grants.hosts():
+            # What it may hold still, from before a restart, ends with its lease.
+            if not grants.of_host(name):
+                grants.forget(name)
+                self._renewed.pop(name, None)
         for host in hosts.known(grants.hosts()):
             await self._renew_at(host)
         live = await hosts.live()
