@@ -12,6 +12,8 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
 SOAK_SECONDS ?= 600
+CHAOS_SECONDS ?= 600
+CHAOS_SEED ?=
 BENCH_LINES ?= bench/results/last.jsonl
 BENCH_PICTURE ?= bench/results/last.png
 IMAGE_CACHE ?= $(abspath .cache/images)
@@ -152,6 +154,11 @@ model: $(STAMPS)/dev native ## Hold 5,000 random programs to a model (PYTEST_ARG
 .PHONY: soak
 soak: $(STAMPS)/dev native ## Ten minutes of everything at once (SOAK_SECONDS=600): nothing may grow
 	@SAMEPAGE_SOAK_SECONDS=$(SOAK_SECONDS) $(BIN)/python -m pytest -s tests/soak
+
+.PHONY: chaos
+chaos: $(STAMPS)/dev $(STAMPS)/system-test native ## Let hosts, links and services fail at random (CHAOS_SECONDS=600, CHAOS_SEED=)
+	@SAMEPAGE_CHAOS_SECONDS=$(CHAOS_SECONDS) SAMEPAGE_CHAOS_SEED=$(CHAOS_SEED) \
+	    $(BIN)/python -m pytest -s tests/chaos $(PYTEST_ARGS)
 
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/

@@ -368,14 +368,23 @@ class Served:
             return sorted({page for zero in pool.map(read, starts) for page in zero})
 
     def clone(
-        self, call: str, source: str, name: str, timeout: float = 30.0
+        self,
+        call: str,
+        source: str,
+        name: str,
+        timeout: float = 30.0,
+        options: dict[str, float] | None = None,
     ) -> list[tuple[int, int, int]]:
         """Clone or migrate an arena and take a view of it; the progress that was told."""
         from dataclasses import astuple
 
         told: list[tuple[int, int, int]] = []
         self.arenas[name] = getattr(self.node, call)(
-            source, name, timeout=timeout, progress=lambda step: told.append(astuple(step))
+            source,
+            name,
+            timeout=timeout,
+            progress=lambda step: told.append(astuple(step)),
+            **options or {},
         )
         self.views[name] = self.arenas[name].buffer
         return told

@@ -17,6 +17,7 @@ import random
 import struct
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -54,6 +55,19 @@ def apart(*links: str) -> Iterator[None]:
         yield
     finally:
         _isolate(links, "off")
+
+
+@contextlib.contextmanager
+def apart_for(seconds: float, *links: str) -> Iterator[None]:
+    """Keep these hosts from each other for a while, which ends at the latest with the context."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(apart(*links))
+        timer = threading.Timer(seconds, stack.pop_all().close)
+        timer.start()
+        try:
+            yield
+        finally:
+            timer.join()
 
 
 def _isolate(links: tuple[str, ...], state: str) -> None:

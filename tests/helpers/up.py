@@ -22,6 +22,13 @@ _SERVICES = {
     "samepage_scanner": "scanner",
 }
 
+# A daemon that dies again and again is started later and later, but for tests that kill them.
+_AT_ONCE = """
+from samepage.cli import child, main
+child._BACKOFF_SECONDS = (0.05, 0.05)
+main()
+"""
+
 
 def samepage(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command to its end."""
@@ -32,19 +39,26 @@ def samepage(*arguments: str | Path, **options: Any) -> subprocess.CompletedProc
 class Up:
     """A running `samepage up`.
 
+    Args:
+        env: more of the daemons' environment; daemons that are killed are started at once then.
+
     Attributes:
         directory: its --dir.
         process: it.
         cluster: what its cluster.json says.
     """
 
-    def __init__(self, directory: Path, hosts: int, *options: str) -> None:
+    def __init__(
+        self, directory: Path, hosts: int, *options: str, env: dict[str, str] | None = None
+    ) -> None:
         self.directory = directory
         chosen = ["--json", "--dir", str(directory), "--hosts", str(hosts), *options]
+        program = ["-m", "samepage"] if env is None else ["-c", _AT_ONCE]
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "samepage", "up", *chosen],
+            [sys.executable, *program, "up", *chosen],
             stdout=subprocess.PIPE,
             text=True,
+            env={**os.environ, **(env or {})},
         )
         self.wait_for("ready")
         self.cluster = places.read(directory / places.CLUSTER_FILE)
@@ -83,9 +97,11 @@ class Up:
 
 
 @contextmanager
-def running(directory: Path, hosts: int = 1, *options: str) -> Iterator[Up]:
+def running(
+    directory: Path, hosts: int = 1, *options: str, env: dict[str, str] | None = None
+) -> Iterator[Up]:
     """Run a cluster for as long as the context lasts."""
-    up = Up(directory, hosts, *options)
+    up = Up(directory, hosts, *options, env=env)
     try:
         yield up
     finally:

@@ -2,7 +2,8 @@
 that holds arenas a host.
 
 In its directory: `secret` (the cluster's secret, kept), `cluster.json` (while it runs), `logs/`,
-for each host its socket directory, and `index/` for the embedded Valkey.
+for each host its socket directory, in which evicted pages are in `spill/`, and `index/` for the
+embedded Valkey.
 """
 
 from __future__ import annotations
@@ -246,10 +247,13 @@ class LocalCluster:
         settings = {
             "INDEX": index,
             "STORE_DIR": str(self.store(host)),
-            "SPILL_DIR": str(self._directory / host / "spill"),
+            "SPILL_DIR": str(self._spill(host)),
             "SECRET_FILE": str(self._secret),
         }
         return self._host_child(host, "merger", "samepage_merger", settings)
+
+    def _spill(self, host: str) -> Path:
+        return self._directory / host / "spill"
 
     def _scanner_child(self, host: str, index: str, merger: str) -> Child:
         settings = {
@@ -298,7 +302,7 @@ class LocalCluster:
         shutil.rmtree(self._directory / "index", ignore_errors=True)
         for name in self._names:
             # What still holds something is somebody's.
-            for directory in (self._directory / name, self.store(name)):
+            for directory in (self._spill(name), self._directory / name, self.store(name)):
                 with contextlib.suppress(OSError):
                     directory.rmdir()
         self._resources.close()

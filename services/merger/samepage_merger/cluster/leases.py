@@ -16,6 +16,7 @@ import grpc
 import numpy as np
 import structlog
 
+from samepage.daemon.failpoints import failpoint
 from samepage.v1 import pages_pb2
 from samepage_merger.cluster.away import Digests, Mask
 from samepage_merger.cluster.digests import Fingerprints
@@ -144,6 +145,7 @@ class Leases:
                 return
             self._grants.remove(domain, host.name, digests[part][~held])
             self._grants.add(domain, host.name, digests[part][held])
+            failpoint("leases.granted")
 
     async def renew(self, host: Host) -> bool | None:
         """Extend a host's lease; return whether it holds what the books say, None when it does not

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import grpc
 import numpy as np
 
+from samepage.daemon.failpoints import failpoint
 from samepage.daemon.secrets import DOMAIN_ID_BYTES
 from samepage.daemon.wire import DIGEST_BYTES
 from samepage.v1 import pages_pb2, pages_pb2_grpc
@@ -115,6 +116,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             return pages_pb2.FetchResponse(found=bytes(len(digests)))
         found, pages = await self._local.pages(domain, digests, fingerprints)
         self.sent += int(np.count_nonzero(found))
+        failpoint("pages.found")
         return pages_pb2.FetchResponse(found=found.tobytes(), pages=pages)
 
     async def Hold(
@@ -137,6 +139,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
                     lease = domain.holds.extend(owner, seconds)
                     domain.holds.grant(lease, keys_of(digests[mine]), slots[mine])
                     held |= mine
+                    failpoint("pages.held")
                 except StoreFullError:
                     domain.store.room(1)
         return pages_pb2.HoldResponse(held=held.tobytes())
@@ -180,6 +183,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             number, slots = number[mine], slots[mine]
             good = await domain.catalog.verify(digests[number], slots)
             domain.holds.release(lease, slots[good])
+            failpoint("pages.released")
         return pages_pb2.ReleaseResponse()
 
     async def LetGo(

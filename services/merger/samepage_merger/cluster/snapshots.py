@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
+from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.cluster.away import Bytes, Digests, Mask, no_digests
@@ -155,6 +156,7 @@ class Snapshots:
             raise NoAnswerError(f"the process of arena {name!r} is not connected: ask again")
         number = os.urandom(16)
         lease = domain.holds.extend(owner, seconds, number, arena.name, arena.lock)
+        failpoint("snapshot.begun")
         snapshot = Snapshot(number, arena, lease, np.zeros(arena.pages, np.int64))
         self._forget_those_that_are_over()
         self._snapshots[number] = snapshot
@@ -201,6 +203,7 @@ class Snapshots:
             arena.frozen_until = deadline
             try:
                 await self._order_freeze(arena, milliseconds)
+                failpoint("snapshot.frozen")
                 async with aclosing(self._round(snapshot, deadline)) as stretches:
                     async for stretch in stretches:
                         yield stretch
@@ -224,7 +227,9 @@ class Snapshots:
             return self._unknown_left()
         if snapshot is not None and snapshot.arena.state is State.OPEN:
             async with snapshot.turn:
+                failpoint("snapshot.leaving")
                 left = await self._orders.leave(snapshot.arena, number)
+            failpoint("snapshot.left")
             if left:
                 # Its owner may take long to hear of it, and asks again.
                 snapshot.arena.domain.holds.extend(lease.owner, _LEFT_SECONDS, number)
@@ -252,6 +257,7 @@ class Snapshots:
             elif lease is not None:
                 domain.holds.end(lease)
         self._snapshots.pop(number, None)
+        failpoint("snapshot.ended")
 
     async def _round(
         self, snapshot: Snapshot, deadline: float | None = None
@@ -291,7 +297,10 @@ class Snapshots:
         """Look at pages, and hold them; return which of them the owner is to be told of."""
         async with AsyncExitStack() as stack:
             step = await self._look(stack, snapshot.arena, pages)
-            return step, await self._hold(snapshot, step)
+            failpoint("snapshot.looked")
+            told = await self._hold(snapshot, step)
+        failpoint("snapshot.held")
+        return step, told
 
     async def _look(self, stack: AsyncExitStack, arena: Arena, pages: Int64s) -> _Step:
         """Return what pages hold; its slots are not freed before the stack is unwound."""
