@@ -28,6 +28,7 @@ from samepage_merger.mappings import MappingBudget
 from samepage_merger.merging import RUN, ZERO_LEADER, MergeEngine
 from samepage_merger.orders import Orders
 from samepage_merger.pairs import OUTCOMES, Tools
+from samepage_merger.sharers import Overflow
 from samepage_merger.store import StoreDirectory
 from samepage_merger.unsharing import Unsharer
 from samepage_merger.view import StoreError
@@ -80,8 +81,13 @@ class MergerHost:
         self.agents = Agents(self.domains, self.janitor.wake, identity=identity)
         self.policies = Policies(config or Config(node="test"))
         self.headroom = Headroom(self.policies, self.domains.saved_pages, available)
-        self.orders = Orders(timeout)
-        tools = Tools(self.orders, self.headroom, MappingBudget(self.policies, self.orders))
+        self.orders = Orders(timeout, lambda: self.policies.current.sharers_max)
+        tools = Tools(
+            self.orders,
+            self.headroom,
+            MappingBudget(self.policies, self.orders),
+            Overflow(self.orders),
+        )
         self.engine = MergeEngine(self.agents.find, tools)
         self.unsharer = Unsharer(self.domains, self.orders)
         self.accountant = Accountant("host-a", self.domains, self.orders)

@@ -16,6 +16,7 @@ from helpers.merger_host import DOMAIN, ZEROS, MergerHost, store_directory
 from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE, Outcome
 from samepage.errors import InvalidArgumentError, NotFoundError
+from samepage.v1 import merger_pb2
 from samepage_merger.orders import GONE
 
 
@@ -171,6 +172,74 @@ async def test_a_chain_within_one_arena_never_gives_two_slots(
     await host.merge([arena], [(0, 0, 0, page, 1) for page in range(1, 10)])
     assert len(host.domain.books.table) == 1
     host.assert_exact(*agents)
+
+
+async def test_a_cap_on_the_sharers_of_a_slot(
+    host: MergerHost, agents: list[FakeMergingAgent]
+) -> None:
+    """Whatever runs side by side, no slot has more, and none is made that is not needed."""
+    host.policies.change(merger_pb2.MergerPolicy(sharers_max=4))
+    data = random_pages(1, 300)
+    twice = np.concatenate((data, data))
+    arenas = [await agent.open(f"capped-{n}", twice) for n, agent in enumerate(agents)]
+    pairs = [(0, follower, 0, first, 300) for follower in (1, 2) for first in (0, 300)]
+    await asyncio.gather(
+        host.merge(arenas, [*pairs[:2], (0, 0, 0, 300, 300)]), host.merge(arenas, pairs[2:])
+    )
+    await host.merge(arenas, [*pairs, (0, 0, 0, 300, 300)])
+    assert sharers(host) == {4: 300, 2: 300}
+    host.assert_exact(*agents)
+    # without a cap the full slots take more again
+    host.policies.change(merger_pb2.MergerPolicy(sharers_max=0))
+    late = await agents[1].open("late", data)
+    await host.merge([arenas[0], late], [(0, 1, 0, 0, 300)])
+    assert sum(sharers(host).values()) == 600
+    assert late.slots.tolist() == arenas[0].slots[:300].tolist()
+    assert all(arena.view() == twice.tobytes() for arena in arenas)
+    host.assert_exact(*agents)
+
+
+async def test_a_late_answer_does_not_break_the_cap(
+    host: MergerHost, agents: list[FakeMergingAgent]
+) -> None:
+    """What an agent may still do counts, though nobody waits for it any more."""
+    host.policies.change(merger_pb2.MergerPolicy(sharers_max=4))
+    arenas = await open_all(agents, np.repeat(random_pages(1, 1), 2, axis=0))
+    await host.merge(arenas, [(0, 0, 0, 1, 1)])
+    agents[1].obey.clear()
+    runs = [(0, 1, 0, page, 1) for page in range(2)]
+    assert (await host.merge(arenas, runs))[1, Outcome.BUSY] == 2
+    outcomes = await host.merge(arenas, [(0, 2, 0, page, 1) for page in range(2)])
+    assert outcomes[2, Outcome.MERGED] == 2
+    agents[1].obey.set()
+    await agents[1].flushed()
+    assert arenas[1].slots.tolist() == arenas[0].slots.tolist()
+    assert sharers(host) == {2: 1, 4: 1}
+    host.assert_exact(*agents)
+
+
+async def test_a_page_that_is_not_equal_starts_no_family(
+    host: MergerHost, agents: list[FakeMergingAgent]
+) -> None:
+    """What is beyond the cap is compared with what the full slot holds before it gets a slot."""
+    host.policies.change(merger_pb2.MergerPolicy(sharers_max=2))
+    page = random_pages(1, 1)
+    arena = await agents[0].open("same", np.repeat(page, 2, axis=0))
+    await host.merge([arena], [(0, 0, 0, 1, 1)])
+    other = await agents[1].open("other", np.concatenate((random_pages(2, 1), page, page)))
+    outcomes = await host.merge([arena, other], [(0, 1, 0, page, 1) for page in range(3)])
+    assert outcomes[1, Outcome.DIFFERS] == 1
+    await host.merge([arena, other], [(0, 1, 0, page, 1) for page in range(3)])
+    assert sharers(host) == {2: 2}
+    host.assert_exact(*agents)
+
+
+def sharers(host: MergerHost) -> dict[int, int]:
+    """How many slots there are by how many pages map them."""
+    slots, references = host.domain.books.table.counts()
+    alive = np.isin(slots, host.domain.books.table.live())
+    counts = np.bincount(references[alive])
+    return {count: int(slots) for count, slots in enumerate(counts.tolist()) if slots}
 
 
 async def test_zero_pages_go_back_to_the_kernel(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import grpc
 import pytest
 from application import PAGE, Application, content
-from helpers.up import Up, running
+from helpers.up import Up, running, samepage
 
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 
@@ -56,7 +57,7 @@ def test_exact_counts_for_n_duplicates(cluster: Up, processes: int, pages: int) 
 
 
 def test_one_page_many_times_in_one_arena(cluster: Up) -> None:
-    """No cap on the sharers of a slot."""
+    """No cap on the sharers of a slot, unless one is set."""
     with Application(cluster.host()) as application:
         application.call("create", "many", 2000)
         for page in range(2000):
@@ -68,6 +69,77 @@ def test_one_page_many_times_in_one_arena(cluster: Up) -> None:
         assert application.call("stats", "many")["shared"] == 1999
         application.call("unshare", "many")
         assert application.call("stats", "many")["private"] == 2000
+
+
+@pytest.fixture
+def capped(cluster: Up) -> Iterator[Callable[[int], None]]:
+    """Sets the cap on sharers of a slot; there is none afterwards."""
+
+    def cap(sharers: int) -> None:
+        done = samepage("policy", f"sharers_max={sharers}", "--dir", cluster.directory)
+        assert done.returncode == 0, done.stderr
+
+    yield cap
+    cap(0)
+
+
+def sharers(*applications: tuple[Application, str]) -> list[int]:
+    """How many pages of arenas map each slot, by what the kernel says of their processes."""
+    counts: Counter[int] = Counter()
+    for application, arena in applications:
+        assert set(application.call("pagemap", arena)) == {SHARED}
+        for _, pages, _, slot in application.call("mappings", arena):
+            counts.update(range(slot, slot + pages))
+    return sorted(counts.values(), reverse=True)
+
+
+@pytest.mark.parametrize(("pages", "cap"), [(2000, 256), (500, 2), (600, 300), (100, 1000)])
+def test_one_page_many_times_with_a_cap(
+    cluster: Up, capped: Callable[[int], None], pages: int, cap: int
+) -> None:
+    """N equal pages in one arena are on ceil(N / cap) slots, all full but the last."""
+    capped(cap)
+    with Application(cluster.host()) as application:
+        application.call("create", "many", pages)
+        for page in range(pages):
+            application.call("fill", "many", 5, page, 1)
+        assert application.call("share", "many")["shared"] == pages
+        found = status(cluster)
+        assert (found.slots, found.shared_pages) == (-(-pages // cap), pages)
+        full, rest = divmod(pages, cap)
+        assert sharers((application, "many")) == [cap] * full + [rest] * bool(rest)
+        expected = hashlib.sha256(content(5, 1) * pages).hexdigest()
+        assert application.call("digest", "many") == expected
+        application.call("unshare", "many")
+        assert status(cluster).slots == 0
+
+
+def test_a_cap_over_several_processes(cluster: Up, capped: Callable[[int], None]) -> None:
+    """N processes with the same M pages: M x ceil(N / cap) slots, also as they come one by one."""
+    processes, pages, cap = 7, 200, 3
+    capped(cap)
+    with contextlib.ExitStack() as stack:
+        held: list[tuple[Application, str]] = []
+        for number in range(processes):
+            application = stack.enter_context(Application(cluster.host()))
+            application.call("create", f"n-{number}", pages)
+            application.call("fill", f"n-{number}", 3)
+            held.append((application, f"n-{number}"))
+            if number < 4:  # the others come together
+                continue
+            assert application.call("share", f"n-{number}")["shared"] == pages
+            found = status(cluster)
+            assert found.slots == -(-(number + 1) // cap) * pages
+            assert found.shared_pages == (number + 1) * pages
+        assert sharers(*held) == [3] * 2 * pages + [1] * pages
+        capped(0)
+        application = stack.enter_context(Application(cluster.host()))
+        application.call("create", "late", pages)
+        application.call("fill", "late", 3)
+        assert application.call("share", "late")["shared"] == pages
+        assert status(cluster).slots == 3 * pages
+        expected = hashlib.sha256(content(3, pages)).hexdigest()
+        assert {application.call("digest", arena) for application, arena in held} == {expected}
 
 
 @pytest.mark.needs("thp")

@@ -75,6 +75,10 @@ class Books:
         slots = self._holds.pop(hold)
         return self._forget(unique(slots[self.table.references(slots) == 0]))
 
+    def held(self, hold: int) -> Int64s:
+        """Return the slots of a hold, as often as they were named."""
+        return self._holds[hold]
+
     def keep(self, slots: Int64s) -> None:
         """Keep live slots (each named once) until `unkeep`, as many times as this was called."""
         self.table.keep(slots)

@@ -19,6 +19,8 @@ HOSTS_MAX = 64
 
 _VMAS_MIN = 16
 _VMAS_MAX = 1 << 30
+_SHARERS_MIN = 2
+_SHARERS_MAX = 1 << 30
 _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
@@ -80,6 +82,11 @@ class Config(NetworkSettings, IdentitySettings):
         "are used up, the longest runs of equal pages keep them. 0: a quarter of "
         "vm.max_map_count.",
     )
+    sharers_max: int = setting(
+        0,
+        "How many pages may map one slot, 2 to 1073741824: those beyond go on in another slot with "
+        "the same bytes, as with KSM's max_page_sharing. 0: any number. A policy.",
+    )
     order_timeout_seconds: float = setting(
         5.0,
         "How long an agent has to answer an order, in seconds. The pages of one that does not "
@@ -138,6 +145,10 @@ class Config(NetworkSettings, IdentitySettings):
         require(
             self.vma_budget == 0 or _VMAS_MIN <= self.vma_budget <= _VMAS_MAX,
             f"vma_budget must be 0, or {_VMAS_MIN} to {_VMAS_MAX}, not {self.vma_budget}",
+        )
+        require(
+            self.sharers_max == 0 or _SHARERS_MIN <= self.sharers_max <= _SHARERS_MAX,
+            f"sharers_max must be 0, or {_SHARERS_MIN} to {_SHARERS_MAX}, not {self.sharers_max}",
         )
         require(
             1 <= self.min_holders <= HOSTS_MAX,

@@ -28,7 +28,7 @@ import structlog
 
 from samepage.daemon import secrets, wire
 from samepage.daemon.peers import Outcomes, Peer
-from samepage_merger.books import Books
+from samepage_merger.books import NO_SLOTS, Books
 from samepage_merger.cluster.away import AwayMap, Digests, Pins, no_digests
 from samepage_merger.cluster.catalog import Catalog
 from samepage_merger.cluster.digests import Digester
@@ -37,6 +37,7 @@ from samepage_merger.cluster.holds import Holds
 from samepage_merger.locks import StoreLocks
 from samepage_merger.pagemap import PRIVATE, PageMap
 from samepage_merger.runs import Int64s
+from samepage_merger.sharers import Families
 from samepage_merger.store import Store, StoreDirectory
 
 log = structlog.get_logger(__name__)
@@ -134,6 +135,7 @@ class Domain:
     Attributes:
         id: by which other hosts and the index know it.
         name: empty when only its store is known, from before this merger's start.
+        families: slots of one content, where one of them was full.
         pins: digests that are kept besides those of away pages.
         digester: makes the digests of its pages.
         catalog: slots by digest.
@@ -147,6 +149,7 @@ class Domain:
         self.store = store
         self.locks = StoreLocks(store)
         self.books = Books()
+        self.families = Families()
         self.pins = Pins()
         self.arenas: set[Arena] = set()
         self.names: dict[str, Arena] = {}
@@ -252,6 +255,7 @@ class Domain:
 
     def free(self, slots: Int64s) -> None:
         """Give back slots (ascending) that are in the books no more, as far as it is safe now."""
+        self.families.forget(slots)
         self.store.free(slots[slots >= self._first_own_slot])
 
     def hold(self, arena: Arena, slots: Int64s) -> int:
@@ -259,6 +263,17 @@ class Domain:
         hold = self.books.hold(slots)
         arena.holds.add(hold)
         return hold
+
+    def in_flight(self, slots: Int64s) -> Int64s:
+        """Return how many pages may come to map each slot by orders that nobody knows the outcome
+        of."""
+        holds = [
+            self.books.held(hold)
+            for arena in self.arenas
+            for hold in (*arena.holds, *arena.stale_holds)
+        ]
+        held = np.sort(np.concatenate([NO_SLOTS, *holds]))
+        return np.searchsorted(held, slots, "right") - np.searchsorted(held, slots, "left")
 
     def release(self, arena: Arena, hold: int) -> None:
         """End the hold of an order that was answered."""

@@ -23,6 +23,7 @@ from samepage.daemon.wire import Outcome
 from samepage_merger.cluster.away import Bytes, Digests
 from samepage_merger.domains import Arena, State
 from samepage_merger.runs import Int64s, join, join_extents
+from samepage_merger.sharers import FULL, fits
 
 #: Outcome of a page whose arena is gone, or of another domain.
 GONE = len(Outcome)
@@ -51,10 +52,12 @@ class Orders:
     Args:
         timeout: seconds that an agent has for an answer. One that is late is not asked again
             until it has answered what it was asked before.
+        sharers_max: how many pages may map a slot, as it is now; 0: any number.
     """
 
-    def __init__(self, timeout: float) -> None:
+    def __init__(self, timeout: float, sharers_max: Callable[[], int] = lambda: 0) -> None:
         self._timeout = timeout
+        self.sharers_max = sharers_max
 
     async def read(self, arena: Arena, pages: Int64s, keep: Keep) -> Outcomes:
         """Have pages (ascending, each once) read; `keep` gets their bytes, part by part.
@@ -80,7 +83,8 @@ class Orders:
     async def replace(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
         """Let pages (ascending, each once) map slots; slot 0 is the zero page.
 
-        A slot that was freed between the caller's look at the books and now makes its page BUSY.
+        A slot that was freed between the caller's look at the books and now makes its page BUSY,
+        one that has all the sharers it may have makes it FULL.
         """
         if arena.state is not State.OPEN:
             return np.full(pages.size, GONE, np.uint8)
@@ -241,6 +245,12 @@ class Orders:
     ) -> Outcomes:
         if arena.state is not State.OPEN:
             return np.full(pages.size, GONE, np.uint8)
+        if cap := self.sharers_max():
+            fit = fits(arena.domain, slots, cap)
+            if not fit.all():
+                outcomes = np.full(pages.size, FULL, np.uint8)
+                outcomes[fit] = await self._replace_alive(arena, pages[fit], slots[fit])
+                return outcomes
         payload = wire.REPLACE.pack(extents.size, 0) + extents.tobytes()
         domain = arena.domain
         release = functools.partial(domain.release, arena, domain.hold(arena, slots))

@@ -4,7 +4,7 @@ Candidates are worked off in batches. If one page of the two maps a slot, the ot
 it. If neither does, the leader's page is promoted: its bytes go into a fresh slot, the leader is
 replaced by that first, then the follower. If both do, by different slots, the page with the higher
 number is restored and replaced by the lower: whoever decides, and however often, comes to the same
-result.
+result. Where a slot has all the sharers that it may have, pages go on in another (sharers.py).
 
 While the follower of one step is replaced, the leader maps the slots of the next, and the one
 after that is read into its slots. How many steps' slots may be filled and not yet be mapped by
@@ -35,6 +35,7 @@ from samepage_merger.mappings import MappingBudget
 from samepage_merger.orders import DISPLACED, NO_HEADROOM, Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, batches, expand, unique_first, unique_inverse
+from samepage_merger.sharers import FULL, Overflow, fits
 from samepage_merger.store import StoreFullError
 
 OUTCOMES = DISPLACED + 1
@@ -94,6 +95,7 @@ class Tools:
     orders: Orders
     headroom: Headroom
     mappings: MappingBudget
+    overflow: Overflow
     steps_ahead: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(STEPS_AHEAD))
 
 
@@ -132,6 +134,7 @@ class PairMerge:
         self._follower = follower
         self._tally = tally
         self._headroom = tools.headroom
+        self._overflow = tools.overflow
         self._steps_taken = 0
         self._pages_taken = 0
 
@@ -290,6 +293,8 @@ class PairMerge:
                 self._replace(leader, leader_pages[to_leader], theirs[to_leader]),
             )
             at = np.flatnonzero((ours != theirs) & ~(neither | to_follower | to_leader))
+            cap = self._orders.sharers_max()
+            at = at[fits(leader.arena.domain, np.minimum(ours[at], theirs[at]), cap)]
             for low in range(0, at.size, STEP_PAGES):
                 some = at[low : low + STEP_PAGES]
                 await self._converge(leader_pages[some], follower_pages[some])
@@ -305,7 +310,11 @@ class PairMerge:
     async def _replace(self, side: Side, pages: Int64s, slots: Int64s) -> None:
         pages, at = unique_first(pages)
         if pages.size:
-            outcomes = await self._orders.replace(side.arena, pages, slots[at])
+            slots = slots[at]
+            outcomes = await self._orders.replace(side.arena, pages, slots)
+            full = np.flatnonzero(outcomes == FULL)
+            if full.size:
+                outcomes[full] = await self._overflow.place(side.arena, pages[full], slots[full])
             self._tally.count(side.row, outcomes)
 
     async def _converge(self, leader_pages: Int64s, follower_pages: Int64s) -> None:

@@ -70,6 +70,19 @@ def unique_counts(numbers: Int64s) -> tuple[Int64s, Int64s]:
     return np.unique(numbers, return_counts=True)
 
 
+def ranks(numbers: Int64s) -> Int64s:
+    """Return for each number how many equal ones are before it."""
+    if ascends(numbers):
+        return np.zeros(numbers.size, np.int64)
+    order = np.argsort(numbers, kind="stable")
+    begins = np.ones(numbers.size, np.bool_)
+    begins[1:] = numbers[order[1:]] != numbers[order[:-1]]
+    at = np.arange(numbers.size)
+    found = np.empty(numbers.size, np.int64)
+    found[order] = at - np.maximum.accumulate(np.where(begins, at, 0))
+    return found
+
+
 def join(numbers: Int64s) -> tuple[Int64s, Int64s]:
     """Return first and count of the runs in ascending numbers."""
     if is_run(numbers):

@@ -51,6 +51,7 @@ from samepage_merger.merging import MergeEngine
 from samepage_merger.orders import Orders
 from samepage_merger.pairs import Tools
 from samepage_merger.servicer import MergerServicer
+from samepage_merger.sharers import Overflow
 from samepage_merger.store import StoreDirectory
 from samepage_merger.unsharing import Unsharer
 
@@ -122,9 +123,9 @@ class MergerService:
         policies = Policies(config)
         policies.follow(lambda: stores.limit(policies.current.store_limit_bytes))
         headroom = Headroom(policies, domains.saved_pages, HostMemory().available)
-        orders = Orders(config.order_timeout_seconds)
+        orders = Orders(config.order_timeout_seconds, lambda: policies.current.sharers_max)
         mappings = MappingBudget(policies, orders)
-        engine = MergeEngine(agents.find, Tools(orders, headroom, mappings))
+        engine = MergeEngine(agents.find, Tools(orders, headroom, mappings, Overflow(orders)))
         tls = Tls.of(config.tls_files)
         self._locator = Locator(config.scanner_target, agents.find, tls)
         self._hosts = Hosts(config.node_name, config.index, tls)

@@ -650,6 +650,7 @@ class MergerPolicy(_message.Message):
     VMA_BUDGET_FIELD_NUMBER: _builtins.int
     MIN_HOLDERS_FIELD_NUMBER: _builtins.int
     SPILL_LIMIT_BYTES_FIELD_NUMBER: _builtins.int
+    SHARERS_MAX_FIELD_NUMBER: _builtins.int
     headroom_percent: _builtins.float
     """Share of the bytes that merging saves that must fit into the host's memory, percent; 0 to 100."""
     memory_ceiling_bytes: _builtins.int
@@ -666,6 +667,10 @@ class MergerPolicy(_message.Message):
     """
     spill_limit_bytes: _builtins.int
     """Bytes that the spill files may take."""
+    sharers_max: _builtins.int
+    """Pages that may map one slot, 2 to 2^30; those beyond go on in another with the same bytes.
+    0: any number.
+    """
     def __init__(
         self,
         *,
@@ -675,10 +680,11 @@ class MergerPolicy(_message.Message):
         vma_budget: _builtins.int | None = ...,
         min_holders: _builtins.int | None = ...,
         spill_limit_bytes: _builtins.int | None = ...,
+        sharers_max: _builtins.int | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_min_holders", b"_min_holders", "_spill_limit_bytes", b"_spill_limit_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "min_holders", b"min_holders", "spill_limit_bytes", b"spill_limit_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_min_holders", b"_min_holders", "_sharers_max", b"_sharers_max", "_spill_limit_bytes", b"_spill_limit_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "min_holders", b"min_holders", "sharers_max", b"sharers_max", "spill_limit_bytes", b"spill_limit_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_min_holders", b"_min_holders", "_spill_limit_bytes", b"_spill_limit_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "min_holders", b"min_holders", "spill_limit_bytes", b"spill_limit_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent", "_memory_ceiling_bytes", b"_memory_ceiling_bytes", "_min_holders", b"_min_holders", "_sharers_max", b"_sharers_max", "_spill_limit_bytes", b"_spill_limit_bytes", "_store_limit_bytes", b"_store_limit_bytes", "_vma_budget", b"_vma_budget", "headroom_percent", b"headroom_percent", "memory_ceiling_bytes", b"memory_ceiling_bytes", "min_holders", b"min_holders", "sharers_max", b"sharers_max", "spill_limit_bytes", b"spill_limit_bytes", "store_limit_bytes", b"store_limit_bytes", "vma_budget", b"vma_budget"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__headroom_percent: _TypeAlias = _typing.Literal["headroom_percent"]  # noqa: Y015
     _WhichOneofArgType__headroom_percent: _TypeAlias = _typing.Literal["_headroom_percent", b"_headroom_percent"]  # noqa: Y015
@@ -686,6 +692,8 @@ class MergerPolicy(_message.Message):
     _WhichOneofArgType__memory_ceiling_bytes: _TypeAlias = _typing.Literal["_memory_ceiling_bytes", b"_memory_ceiling_bytes"]  # noqa: Y015
     _WhichOneofReturnType__min_holders: _TypeAlias = _typing.Literal["min_holders"]  # noqa: Y015
     _WhichOneofArgType__min_holders: _TypeAlias = _typing.Literal["_min_holders", b"_min_holders"]  # noqa: Y015
+    _WhichOneofReturnType__sharers_max: _TypeAlias = _typing.Literal["sharers_max"]  # noqa: Y015
+    _WhichOneofArgType__sharers_max: _TypeAlias = _typing.Literal["_sharers_max", b"_sharers_max"]  # noqa: Y015
     _WhichOneofReturnType__spill_limit_bytes: _TypeAlias = _typing.Literal["spill_limit_bytes"]  # noqa: Y015
     _WhichOneofArgType__spill_limit_bytes: _TypeAlias = _typing.Literal["_spill_limit_bytes", b"_spill_limit_bytes"]  # noqa: Y015
     _WhichOneofReturnType__store_limit_bytes: _TypeAlias = _typing.Literal["store_limit_bytes"]  # noqa: Y015
@@ -698,6 +706,8 @@ class MergerPolicy(_message.Message):
     def WhichOneof(self, oneof_group: _WhichOneofArgType__memory_ceiling_bytes) -> _WhichOneofReturnType__memory_ceiling_bytes | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__min_holders) -> _WhichOneofReturnType__min_holders | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__sharers_max) -> _WhichOneofReturnType__sharers_max | None: ...
     @_typing.overload
     def WhichOneof(self, oneof_group: _WhichOneofArgType__spill_limit_bytes) -> _WhichOneofReturnType__spill_limit_bytes | None: ...
     @_typing.overload
