@@ -14,9 +14,9 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 from blake3 import blake3
 
+from samepage import native
 from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE
 from samepage_merger.cluster.away import Bytes, Digests, Mask
@@ -60,12 +60,7 @@ def equal(left: Digests, right: Digests) -> Mask:
 
 def fingerprints(seed: int, data: Bytes) -> Fingerprints:
     """Return the fingerprints of consecutive pages, as agents make them with this seed."""
-    view = memoryview(data)
-    hashed = [
-        xxhash.xxh3_128_digest(view[low : low + PAGE_SIZE], seed)
-        for low in range(0, len(view), PAGE_SIZE)
-    ]
-    return parse_fingerprints(b"".join(hashed))
+    return native.fingerprint(data, len(data) // PAGE_SIZE, seed)
 
 
 async def in_thread(work: Callable[[], T], pages: int) -> T:

@@ -99,11 +99,12 @@ class Fetcher:
                 response = await host.fetch(request, _PAGE_SECONDS)
             except HostAwayError:
                 continue
-            if not response.pages:
+            page = response.pages
+            if not page:
                 continue
-            if domain.digester.page(response.pages) == digest:
+            if domain.digester.page(page) == digest:
                 self.counts.fetched += 1
-                return response.pages
+                return page
             self.lied(host, 1)
         return None
 
@@ -180,7 +181,8 @@ class _Fetch:
             self._certain = False
             named = hosts.known(hints)
         may = {host: self._wanted.copy() for host in named}
-        if len(self._fingerprints) and everyone:
+        # Where nobody else is there is nobody to look for.
+        if len(self._fingerprints) and len(everyone) > len(named):
             for host, mask in (await self._indexed(hosts)).items():
                 may.setdefault(host, mask)
         asked = {host: mask.copy() for host, mask in may.items()}
@@ -293,7 +295,9 @@ class _Fetch:
         self._work_seconds = min(seconds, self._work_seconds)
         found = np.frombuffer(response.found, np.bool_)
         sent = numbers[found]
-        digests = await self._domain.digester.pages_apart(response.pages)
+        # Every look at the field copies it.
+        pages = response.pages
+        digests = await self._domain.digester.pages_apart(pages)
         good = equal(digests, self._digests[sent])
         refused = np.concatenate((numbers[~found], sent[~good]))
         self._asked_at[refused] = 0
@@ -301,7 +305,7 @@ class _Fetch:
         if not good.all():
             self._certain = False
             self._fetcher.lied(host, int(np.count_nonzero(~good)))
-        await self._hand_over(sent, good, response.pages)
+        await self._hand_over(sent, good, pages)
         self._notify()
         return bool(good.all())
 

@@ -62,8 +62,10 @@ class KeyTable:
         places, values = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
         for level in self._levels:
             first = np.searchsorted(level.keys, keys)
-            count = np.searchsorted(level.keys, keys, side="right") - first
-            places.append(np.repeat(np.arange(keys.size), count))
+            here = np.flatnonzero(level.keys.take(first, mode="clip") == keys)
+            first = first[here]
+            count = np.searchsorted(level.keys, keys[here], side="right") - first
+            places.append(np.repeat(here, count))
             values.append(level.values[expand(first, count)])
         place, value = np.concatenate(places), np.concatenate(values)
         order = np.argsort(place, kind="stable")

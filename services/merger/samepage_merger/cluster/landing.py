@@ -41,7 +41,7 @@ from samepage_merger.store import Store, StoreFullError
 
 _CHUNK_PAGES = 8192
 _CHUNKS_AT_ONCE = 3
-_FETCH_PAGES = 2048
+_FETCH_PAGES = _CHUNK_PAGES
 _FILL_PAGES = wire.READ_PAGES_MAX
 
 

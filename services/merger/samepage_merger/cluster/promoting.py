@@ -46,7 +46,7 @@ class PageBytes:
     """
 
     outcomes: Outcomes
-    data: bytearray
+    data: memoryview
     digests: Digests
     fingerprints: Fingerprints
 
@@ -73,8 +73,8 @@ class Promoter:
         self._orders = orders
 
     async def read(self, arena: Arena, pages: Int64s, seed: int | None = None) -> PageBytes:
-        """Read pages (ascending, each once, up to STEP_PAGES); `seed` asks for fingerprints."""
-        data = bytearray(pages.size * PAGE_SIZE)
+        """Read pages (ascending, each once); `seed` asks for fingerprints."""
+        data = np.empty(pages.size * PAGE_SIZE, np.uint8).data
 
         def keep(low: int, outcomes: Outcomes, window: memoryview) -> None:
             data[low * PAGE_SIZE : low * PAGE_SIZE + len(window)] = window
@@ -97,7 +97,7 @@ class Promoter:
         wanted: Digests | None = None,
         seed: int | None = None,
     ) -> AsyncIterator[Promoted]:
-        """Give private pages (ascending, each once, up to STEP_PAGES) slots and have them mapped.
+        """Give private pages (ascending, each once) slots and have them mapped.
 
         What cannot be mapped is in its slot all the same. The slots are not freed for as long as
         the block runs; then those go that nothing maps and nobody keeps.
@@ -129,14 +129,13 @@ class Promoter:
             domain.free(domain.books.release(hold))
 
 
-def _write(arena: Arena, slots: Int64s, chosen: Mask, data: bytearray) -> None:
+def _write(arena: Arena, slots: Int64s, chosen: Mask, data: memoryview) -> None:
     """Fill slots with those pages of `data` that were chosen, run by run."""
     store = arena.domain.store
     if store.room(slots.size) < slots.size:
         raise StoreFullError
-    view = memoryview(data)
     first, count = join(slots)
     at = np.flatnonzero(chosen)
     starts = at[np.cumsum(count) - count]
     for slot, start, pages in zip(first.tolist(), starts.tolist(), count.tolist(), strict=True):
-        store.write(slot, view[start * PAGE_SIZE : (start + pages) * PAGE_SIZE])
+        store.write(slot, data[start * PAGE_SIZE : (start + pages) * PAGE_SIZE])

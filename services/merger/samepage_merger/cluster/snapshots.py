@@ -42,7 +42,7 @@ from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.holds import Lease
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local, deposit
-from samepage_merger.cluster.promoting import STEP_PAGES, Promoter
+from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.domains import Arena, Domains, State
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
@@ -52,6 +52,8 @@ FREEZE_MS_MAX = 60_000
 
 _NEVER = 0
 _BLOCK_PAGES = 1 << 16
+# What is done for each step costs much the same, however long it is.
+_STEP_PAGES = 2048
 _PINNED_LOOKS = 20
 _PAUSE_SECONDS = 0.002
 _LEFT_SECONDS = 86_400.0
@@ -268,8 +270,8 @@ class Snapshots:
             block = np.arange(low, min(arena.pages, low + _BLOCK_PAGES))
             slots = arena.map.slots(block)
             changed = block[(slots == PRIVATE) | (slots + 1 != snapshot.told[block])]
-            for start in range(0, changed.size, STEP_PAGES):
-                pages = changed[start : start + STEP_PAGES]
+            for start in range(0, changed.size, _STEP_PAGES):
+                pages = changed[start : start + _STEP_PAGES]
                 step, told = await self._step(snapshot, pages)
                 if deadline is not None:
                     step, told = await self._settled(snapshot, step, told, deadline)
