@@ -73,7 +73,7 @@ def test_a_clone_arrives_page_by_page(merger: Merger, application: Application) 
     tell(merger, clone, 2, 4, 2)
     tell(merger, clone, 2, 6, 0, freeze=0)
     told = application.finish()
-    assert told[-1] == [2 * PAGE, 6 * PAGE, 0]
+    assert told[-1] == [2 * PAGE, 6 * PAGE, 0, 0]
     assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
 
 
