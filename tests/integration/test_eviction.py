@@ -100,6 +100,23 @@ class TestSpilling:
             agent.fetch(arena, 0, 200)
             await came_back(arena, data)
 
+    async def test_one_that_fails_in_the_middle_is_answered(
+        self,
+        host: EvictingHost,
+        agent: FakeMergingAgent,
+        tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        data = random_pages(64, 1)
+        arena = await agent.open("arena", data)
+        monkeypatch.setattr("samepage.daemon.failpoints._directory", str(tmp_path))
+        (tmp_path / "evict.safe").write_text("error")
+        with pytest.raises(RefusedError) as refused:
+            await agent.evict(arena)
+        assert refused.value.args[0] == errno.EAGAIN
+        assert not arena.away
+        assert await agent.evict(arena) == (0, 64, 0, 0)
+
     async def test_nowhere_to_go_is_an_error(self, tmp_path: Path) -> None:
         async with evicting_cluster(tmp_path, spill_dir=None, index="") as cluster:
             agent = await (await cluster.add("a")).agent()
@@ -135,9 +152,9 @@ class TestSpilling:
             opened.seek(-wire.PAGE_SIZE, 2)
             opened.write(bytes(wire.PAGE_SIZE))
         agent.fetch(arena, 0, 8)
-        await until(lambda: not arena.away)
+        await until(lambda: host.elsewhere.returner.poisoned == 1)
+        assert not arena.away
         assert arena.poisoned.tolist() == [False] * 7 + [True]
-        assert host.elsewhere.returner.poisoned == 1
         for page in range(7):
             assert arena.page(page) == data[page].tobytes()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import os
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import replace
@@ -365,12 +366,18 @@ class Agents:
     async def _answer_eviction(
         self, session: Session, request: wire.Message, work: Coroutine[object, object, Evicted]
     ) -> None:
+        answer = functools.partial(session.peer.refuse, request, errno.EAGAIN, _FAILED)
         try:
             payload = wire.EVICTED.pack(*await work)
         except RefusedError as refused:
-            session.peer.refuse(request, *refused.args)
+            answer = functools.partial(session.peer.refuse, request, *refused.args)
         else:
-            session.peer.send(wire.Type.EVICTED, request.seq, request.arena, payload)
+            answer = functools.partial(
+                session.peer.send, wire.Type.EVICTED, request.seq, request.arena, payload
+            )
+        finally:
+            # Whatever ended it: a thread of the application waits for the answer.
+            answer()
 
     def _forget_announcement(self, arena: Arena) -> None:
         announcement = self._announcements.pop(arena, None)
@@ -433,6 +440,10 @@ class Agents:
 
 
 _UNKNOWN = "the merger does not know this arena: open it first"
+_FAILED = (
+    "the merger failed in the middle of evicting, and its log says why: what has left is safe, try"
+    " again later"
+)
 _STALE = (
     "these mappings are not of this merger's store: restore the pages from your own descriptor,"
     " and open the arena anew"
