@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -94,7 +95,8 @@ class TwoHosts:
 
 @asynccontextmanager
 async def two_hosts() -> AsyncIterator[TwoHosts]:
-    """Two hosts, an index, and the peer."""
+    """Two hosts, an index, and the peer; one holder is enough, as there is but one other host."""
+    os.environ["SAMEPAGE_MERGER_MIN_HOLDERS"] = "1"
     with tempfile.TemporaryDirectory(prefix="samepage-bench-") as directory:
         async with LocalCluster(Path(directory), 2, say, netns=True) as cluster:
             assert cluster.network is not None
