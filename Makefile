@@ -23,6 +23,9 @@ PROTOS = $(sort $(wildcard $(GENERATED:%=proto/%/*.proto)))
 # What protoc writes, in a form that `make proto-check` can send elsewhere.
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto
 
+KUBE_SOURCE := tests/kube/binaries
+KUBE_CACHE ?= $(abspath .cache/kubernetes)
+
 # Where there is no Go, the tests of the Go client are skipped.
 GO ?= $(firstword $(shell command -v go) $(wildcard /usr/local/go/bin/go))
 GO_BIN := $(abspath $(VENV))/go/bin
@@ -160,6 +163,13 @@ chaos: $(STAMPS)/dev $(STAMPS)/system-test native ## Let hosts, links and servic
 	@SAMEPAGE_CHAOS_SECONDS=$(CHAOS_SECONDS) SAMEPAGE_CHAOS_SEED=$(CHAOS_SEED) \
 	    $(BIN)/python -m pytest -s tests/chaos $(PYTEST_ARGS)
 
+.PHONY: kube-test
+kube-test: $(STAMPS)/dev $(STAMPS)/system-kube $(STAMPS)/system-images $(STAMPS)/chart-tools \
+    $(KUBE_CACHE)/stamp $(IMAGE_CACHE)/base.tar ## Install the chart on a real Kubernetes, and use it
+	@IMAGE_BASE_TAR=$(IMAGE_CACHE)/base.tar tools/images
+	@SAMEPAGE_HELM=$(GO_BIN)/helm SAMEPAGE_KUBE_BINARIES=$(KUBE_CACHE)/bin \
+	    $(BIN)/python -m pytest tests/kube $(PYTEST_ARGS)
+
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/
 	@$(PIP) install build && $(BIN)/python -m build --outdir dist
@@ -181,6 +191,15 @@ $(STAMPS)/go-tools: tests/clients/tools/go.mod tests/clients/tools/go.sum
 	@echo "==> building grpcurl and protoc's plugins for Go"
 	@mkdir -p $(GO_BIN) $(@D)
 	@GOBIN=$(GO_BIN) CGO_ENABLED=0 $(GO) -C tests/clients/tools install -ldflags='-s -w' tool
+	@touch $@
+
+# Built once, for some ten minutes, and kept over `make clean`.
+KUBE_FLAGS := $(foreach part,Version=v1.36.3 Major=1 Minor=36,-X k8s.io/component-base/version.git$(part))
+$(KUBE_CACHE)/stamp: $(KUBE_SOURCE)/go.mod $(KUBE_SOURCE)/go.sum
+	@echo "==> building Kubernetes into $(KUBE_CACHE)"
+	@mkdir -p $(KUBE_CACHE)/bin
+	@GOBIN=$(KUBE_CACHE)/bin CGO_ENABLED=0 $(GO) -C $(KUBE_SOURCE) install -p 2 \
+	    -ldflags='-s -w $(KUBE_FLAGS)' tool
 	@touch $@
 
 # The Kubernetes version that helm takes when it sees no cluster.
