@@ -20,6 +20,8 @@ _SETTINGS = (
     "vm/overcommit_memory",
 )
 _DIRECTORIES = (
+    "/dev/shm/samepage",
+    "/run/samepage",
     "/var/lib/kubelet",
     "/var/log/pods",
     "/var/log/containers",
