@@ -49,7 +49,7 @@ class TestSpilling:
         await until(lambda: len(arena.away) == PAGES - 50)
         agent.fetch(arena, 0, PAGES)
         await came_back(arena, data)
-        assert host.elsewhere.returner.returned == PAGES
+        await until(lambda: host.elsewhere.returner.returned == PAGES)
 
     async def test_what_cannot_leave_stays(
         self, host: EvictingHost, agent: FakeMergingAgent

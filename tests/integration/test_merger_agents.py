@@ -121,13 +121,15 @@ class TestOpening:
     async def test_without_descriptors_an_agent_is_refused_and_the_others_go_on(
         self, host: MergerHost, agents: list[FakeMergingAgent]
     ) -> None:
-        used = len(os.listdir("/proc/self/fd"))
+        pages = random_pages(1, 1)
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         domain = host.domain
-        resource.setrlimit(resource.RLIMIT_NOFILE, (used - 1, hard))
+        lowest_free = os.dup(0)
+        os.close(lowest_free)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (lowest_free, hard))
         try:
             with pytest.raises(RefusedError) as refused:
-                await agents[0].open("arena", random_pages(1, 1))
+                await agents[0].open("arena", pages)
         finally:
             resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
         assert refused.value.args[0] == errno.EMFILE
