@@ -23,6 +23,7 @@ extern "C" {
 
 #define SP_PAGE_SIZE 4096
 #define SP_FINGERPRINT_SIZE 16
+#define SP_DIGEST_SIZE 32
 #define SP_NAME_MAX 127	 /* bytes of an arena's name */
 #define SP_DOMAIN_MAX 63 /* bytes of a domain's name */
 #define SP_HOST_MAX 253	 /* bytes of a host's name */
@@ -199,6 +200,10 @@ void sp_arena_free(struct sp_arena *arena);
 /* Fingerprints of `pages` whole pages at `data`: XXH3-128 with `seed`, canonical byte order, 16
  * bytes a page into `fingerprints`. */
 void sp_fingerprint(const void *data, size_t pages, uint64_t seed, uint8_t *fingerprints);
+
+/* Digests of `pages` whole pages at `data`: BLAKE3 with a key of 32 bytes, 32 bytes a page into
+ * `digests`; zeros for a page that holds only zeros. */
+void sp_digest(const void *data, size_t pages, const uint8_t *key, uint8_t *digests);
 
 #ifdef __cplusplus
 }

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
 FINGERPRINT_SIZE = 16
+DIGEST_SIZE = 32
 _SEED_MAX = 2**64 - 1
 
 
@@ -202,6 +203,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_arena_close", number, [pointer]),
         ("sp_arena_free", None, [pointer]),
         ("sp_fingerprint", None, [pointer, ctypes.c_size_t, ctypes.c_uint64, pointer]),
+        ("sp_digest", None, [pointer, ctypes.c_size_t, ctypes.c_char_p, pointer]),
     ):
         function = getattr(library, name)
         function.restype = result
@@ -459,12 +461,42 @@ def fingerprint(buffer: Buffer | npt.NDArray[Any], pages: int, seed: int) -> npt
     """
     import numpy as np  # here, so that applications need it only when they fingerprint
 
+    address = _pages_address(buffer, pages)
+    if not 0 <= seed <= _SEED_MAX:
+        raise errors.InvalidArgumentError(f"the seed {seed} is no unsigned 64-bit number")
+    result = np.empty((pages, FINGERPRINT_SIZE), np.uint8)
+    _library().sp_fingerprint(address, pages, seed, result.ctypes.data)
+    return result
+
+
+def digest(buffer: Buffer | npt.NDArray[Any], pages: int, key: bytes) -> npt.NDArray[np.uint8]:
+    """Return the digests of the first `pages` pages of a buffer, as (pages, 32) bytes.
+
+    BLAKE3 with a key of 32 bytes; zeros for a page that holds only zeros. Needs numpy.
+
+    Raises:
+        InvalidArgumentError: the buffer is shorter, or the key is.
+    """
+    import numpy as np  # as above
+
+    address = _pages_address(buffer, pages)
+    if len(key) != DIGEST_SIZE:
+        raise errors.InvalidArgumentError(f"a key has {DIGEST_SIZE} bytes, not {len(key)}")
+    result = np.empty((pages, DIGEST_SIZE), np.uint8)
+    _library().sp_digest(address, pages, key, result.ctypes.data)
+    return result
+
+
+def _pages_address(buffer: Buffer | npt.NDArray[Any], pages: int) -> int:
+    """Return where a buffer's bytes are, if it holds so many pages.
+
+    Raises:
+        InvalidArgumentError: it does not.
+    """
+    import numpy as np  # as above
+
     # numpy's own type says that it is a buffer from Python 3.12 on only.
     data = np.frombuffer(memoryview(buffer), np.uint8)  # type: ignore[arg-type]
     if not 0 <= pages * PAGE_SIZE <= data.size:
         raise errors.InvalidArgumentError(f"{data.size} bytes do not hold {pages} pages")
-    if not 0 <= seed <= _SEED_MAX:
-        raise errors.InvalidArgumentError(f"the seed {seed} is no unsigned 64-bit number")
-    result = np.empty((pages, FINGERPRINT_SIZE), np.uint8)
-    _library().sp_fingerprint(data.ctypes.data, pages, seed, result.ctypes.data)
-    return result
+    return data.ctypes.data

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from blake3 import blake3
 from helpers.merger_host import open_directory, store_directory
 
 from samepage.daemon.wire import PAGE_SIZE
@@ -65,6 +66,16 @@ def test_zero_page_has_the_digest_of_zeros() -> None:
     assert are_zero(digests).tolist() == [True, False]
     assert digester.page(bytes(PAGE_SIZE)) == ZERO_DIGEST
     assert digester.page(page) == digests[1].tobytes() != Digester(bytes(32)).page(page)
+
+
+def test_digests_are_blake3() -> None:
+    data = random_pages(21) + b"".join(bytes([byte]) * PAGE_SIZE for byte in range(1, 5))
+    pages = [data[low : low + PAGE_SIZE] for low in range(0, len(data), PAGE_SIZE)]
+    for count in range(len(pages) + 1):
+        digests = Digester(KEY).pages(data[: count * PAGE_SIZE])
+        assert [row.tobytes() for row in digests] == [
+            blake3(page, key=KEY).digest() for page in pages[:count]
+        ]
 
 
 async def test_many_pages_are_hashed_in_threads_with_the_same_result() -> None:

@@ -1,8 +1,9 @@
 """Digests of pages: BLAKE3, keyed for the domain. 32 zero bytes stand for a page of zeros.
 
 A digest names bytes across hosts: who has 32 bytes of digest from a host that it trusts can take
-the page from anybody. Many pages are hashed in a thread: hashing lets go of the interpreter's
-lock. One page is hashed at once, since handing it over would take longer.
+the page from anybody. The library hashes several pages side by side, whatever they are
+(native/src/digest.c); many are hashed in a thread, as that lets go of the interpreter's lock. A few
+are hashed at once, since handing them over would take longer.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from blake3 import blake3
 
 from samepage import native
 from samepage.daemon import wire
@@ -82,18 +82,11 @@ class Digester:
 
     def page(self, data: Bytes) -> bytes:
         """Return the digest of one page."""
-        return ZERO_DIGEST if data == ZERO_PAGE else blake3(data, key=self._key).digest()
+        return self.pages(data).tobytes()
 
     def pages(self, data: Bytes) -> Digests:
         """Return the digests of consecutive pages."""
-        view, key = memoryview(data), self._key
-        hashed = [
-            blake3(view[low : low + PAGE_SIZE], key=key).digest()
-            for low in range(0, len(view), PAGE_SIZE)
-        ]
-        digests = np.frombuffer(bytearray().join(hashed), np.uint8).reshape(-1, DIGEST_BYTES)
-        digests[_zeros(view)] = 0
-        return digests
+        return native.digest(data, len(data) // PAGE_SIZE, self._key)
 
     async def pages_apart(self, data: Bytes) -> Digests:
         """Return the digests of consecutive pages, without keeping the event loop from its work.
@@ -101,10 +94,3 @@ class Digester:
         Nobody may change `data` meanwhile.
         """
         return await in_thread(lambda: self.pages(data), len(data) // PAGE_SIZE)
-
-
-def _zeros(data: memoryview) -> npt.NDArray[np.intp]:
-    """Return which pages hold only zeros; most are told by their first bytes."""
-    words = np.frombuffer(data, np.uint64).reshape(-1, PAGE_SIZE // 8)
-    maybe = np.flatnonzero(words[:, 0] == 0)
-    return maybe[~words[maybe].any(axis=1)]
