@@ -97,6 +97,34 @@ async def test_equal_pages_of_two_domains_are_no_overlap(cluster: Cluster) -> No
     assert await cluster.overlap(0) == ({}, 10)
 
 
+async def test_two_hosts_with_one_name(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second says so, and goes on alone until the first has gone in order."""
+    monkeypatch.setattr("samepage_scanner.publisher._REFUSED_SECONDS", 0.05)
+    await cluster.agents[0].open("a", random_pages(10, 1))
+    await cluster.scan()
+    await cluster.published(10, 0)
+    address = cluster.hosts[0].config.index
+    async with ScannerHost(node="host-a", index=address, merger_address="other:1") as twin:
+        agent = await FakeAgent.connect(twin.directory)
+        await agent.open("b", random_pages(20, 2))
+        publisher = twin.service.publisher
+        assert publisher is not None
+        await until(lambda: publisher.refusal != "")
+        status = await twin.api.GetScannerStatus(scanner_pb2.GetScannerStatusRequest())
+        assert "another host is in the cluster as 'host-a'" in status.index_refusal
+        assert not status.index_connected
+        for _ in range(2):
+            await twin.service.passes.run_once()
+        await cluster.published(10, 0)
+        assert await cluster.entries() == 10
+        assert cluster.hosts[0].service.publisher is not None
+        assert not cluster.hosts[0].service.publisher.refusal
+        await cluster.hosts[0].service.drain()
+        await until(lambda: publisher.published == 20)
+        assert not publisher.refusal
+        agent.close()
+
+
 async def test_many_pages_in_many_batches(
     cluster: Cluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,6 +1,7 @@
 """What can go wrong in the index.
 
 SamepageError
+├── NameTakenError              another host has this name: give each one of its own
 └── ServiceUnavailableError
     ├── StoreUnavailableError   Redis is away, or does not do what it must
     └── ForgottenError          the index lost this host: announce it again
@@ -8,7 +9,7 @@ SamepageError
 
 from __future__ import annotations
 
-from samepage.errors import ServiceUnavailableError
+from samepage.errors import SamepageError, ServiceUnavailableError
 
 
 class StoreUnavailableError(ServiceUnavailableError):
@@ -17,3 +18,14 @@ class StoreUnavailableError(ServiceUnavailableError):
 
 class ForgottenError(ServiceUnavailableError):
     """The index does not know the publishing host any more: announce, and stream anew."""
+
+
+class NameTakenError(SamepageError):
+    """Two hosts use one name. Until the other's lease ends this one is no part of the cluster."""
+
+    def __init__(self, name: str, address: str, remaining_ms: int) -> None:
+        super().__init__(
+            f"another host is in the cluster as {name!r}, with its merger at"
+            f" {address or 'no address'}: give each host a name of its own (`node`). A host that"
+            f" has moved is let in when its old lease ends, in {remaining_ms / 1000:.1f} s"
+        )

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from samepage_index.errors import NameTakenError
 from samepage_index.store import Script, Store
 
 NUMBER_BYTES = 2
@@ -49,22 +50,30 @@ class Hosts:
         self._lease_ms = lease_ms
         # One hash tag: the scripts change these together.
         tag = f"{prefix}:{{hosts}}"
-        self._keys = (tag, f"{tag}:leases", f"{tag}:numbers")
+        self._keys = (tag, f"{tag}:leases", f"{tag}:numbers", f"{tag}:past")
         self._turn_key = f"{tag}:turn"
         self._announce = store.register("hosts.lua", "announce.lua")
         self._renew = store.register("hosts.lua", "renew.lua")
+        self._leave = store.register("hosts.lua", "leave.lua")
         self._list = store.register("hosts.lua", "list_hosts.lua")
         self._condemn = store.register("hosts.lua", "condemn.lua")
         self._take_turn = store.register("take_turn.lua")
 
     async def announce(self, name: str, epoch: int, merger_address: str) -> tuple[int, bool]:
         """Give the host a lease. Returns its number, and whether the index still has what this
-        epoch published."""
+        epoch published.
+
+        Raises:
+            NameTakenError: another host has a lease under this name.
+        """
         start = random.randrange(NUMBERS)
-        number, resumed = await self._run(
+        number, *said = await self._run(
             self._announce, name, _EPOCH.pack(epoch), merger_address, self._lease_ms, start
         )
-        return int.from_bytes(number, "little"), bool(resumed)
+        if number is None:
+            remaining_ms, address = said
+            raise NameTakenError(name, address.decode(), remaining_ms)
+        return int.from_bytes(number, "little"), bool(said[0])
 
     async def renew(self, name: str, number: int) -> bytes | None:
         """Keep the lease. Returns all live hosts' numbers, packed; None when the index does not
@@ -73,6 +82,10 @@ class Hosts:
             self._renew, name, pack_number(number), self._lease_ms
         )
         return answer
+
+    async def leave(self, name: str, number: int) -> None:
+        """The host stops: it may come back at another address at once."""
+        await self._run(self._leave, name, pack_number(number))
 
     async def live(self) -> list[Host]:
         """The hosts with a lease, by name."""

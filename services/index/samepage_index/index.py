@@ -57,6 +57,7 @@ class Publisher:
 
         Raises:
             InvalidArgumentError: the name, the epoch or the address is not valid.
+            NameTakenError: another host has a lease under this name.
         """
         if not _HOST_NAME.fullmatch(name):
             raise InvalidArgumentError(
@@ -100,6 +101,15 @@ class Publisher:
         """
         self._check_announced()
         return await self._hosts.renew(self._name, self._number) is not None
+
+    async def leave(self) -> None:
+        """The host stops: whoever comes next under its name is let in at once.
+
+        Raises:
+            InvalidArgumentError: `announce` did not come first.
+        """
+        self._check_announced()
+        await self._hosts.leave(self._name, self._number)
 
     def _check_announced(self) -> None:
         if not self._name:

@@ -12,11 +12,13 @@ from prometheus_client import Counter, Histogram
 
 from samepage.errors import InvalidArgumentError, SamepageError, ServiceUnavailableError
 from samepage.v1 import index_pb2, index_pb2_grpc
+from samepage_index.errors import NameTakenError
 from samepage_index.hosts import Host
 from samepage_index.index import Index, Publisher
 
 _STATUS: tuple[tuple[type[SamepageError], grpc.StatusCode], ...] = (
     (InvalidArgumentError, grpc.StatusCode.INVALID_ARGUMENT),
+    (NameTakenError, grpc.StatusCode.ALREADY_EXISTS),
     (ServiceUnavailableError, grpc.StatusCode.UNAVAILABLE),
     (SamepageError, grpc.StatusCode.INTERNAL),
 )
@@ -50,7 +52,7 @@ class IndexServicer(index_pb2_grpc.IndexServicer):
             ["kind"],
             registry=None,
         )
-        for kind in ("announce", "batch", "renew", "lookup"):
+        for kind in ("announce", "batch", "renew", "leave", "lookup"):
             self.requests.labels(kind)
             self.errors.labels(kind)
 
@@ -152,8 +154,13 @@ class IndexServicer(index_pb2_grpc.IndexServicer):
             case "renew":
                 known = await publisher.renew()
                 return index_pb2.PublishResponse(renewed=index_pb2.Renewed(known=known))
+            case "leave":
+                await publisher.leave()
+                return index_pb2.PublishResponse(left=index_pb2.Left())
             case _:
-                raise InvalidArgumentError("a request holds an Announce, a Batch or a Renew")
+                raise InvalidArgumentError(
+                    "a request holds an Announce, a Batch, a Renew or a Leave"
+                )
 
 
 def _host(host: Host) -> index_pb2.Host:

@@ -5,6 +5,9 @@ when the index still knows this scanner's epoch after a lost connection, those b
 again (adding and removing twice is the same as once), else everything is collected anew. The
 index may be away for as long as it likes: meanwhile nothing is collected, and the books remember
 with a bit a page what it knew.
+
+While another host is in the cluster under this one's name, the index refuses this one, which asks
+again until that lease ends.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ LOOKUP_MAX = 1 << 14
 _ANSWER_SECONDS = 15.0
 _BACKOFF_SECONDS = 0.2
 _BACKOFF_MAX_SECONDS = 30.0
+_REFUSED_SECONDS = 5.0
+_LEAVE_SECONDS = 1.0
 _RENEWALS_A_LEASE = 4
 _OPTIONS = (("grpc.max_receive_message_length", 64 << 20),)
 
@@ -59,6 +64,9 @@ class Publisher:
         policies: say which fingerprints the index gets.
         changed: told whether the index is there, whenever that changes.
         tls: for the connections; None: without.
+
+    Attributes:
+        refusal: why the index refuses this host; empty when it does not.
     """
 
     def __init__(
@@ -83,6 +91,7 @@ class Publisher:
         self._pending: deque[index_pb2.Batch] = deque()
         self._news = asyncio.Event()
         self.connected = False
+        self.refusal = ""
         self.connections = 0
         self.published = 0
 
@@ -99,10 +108,11 @@ class Publisher:
             except (grpc.aio.AioRpcError, IndexAwayError, TimeoutError) as error:
                 if self.connected:
                     backoff = _BACKOFF_SECONDS
-                log.info("index is away", target=self._target, why=_why(error))
+                self._away(error)
             finally:
                 self._connected(False)
-            await asyncio.sleep(backoff * random.uniform(0.5, 1.0))
+            longest = _REFUSED_SECONDS if self.refusal else _BACKOFF_MAX_SECONDS
+            await asyncio.sleep(min(backoff, longest) * random.uniform(0.5, 1.0))
             backoff = min(2 * backoff, _BACKOFF_MAX_SECONDS)
 
     async def overlap(self, arenas: Iterable[Arena]) -> tuple[Counter[str], int]:
@@ -159,9 +169,14 @@ class Publisher:
             stream = index_pb2_grpc.IndexStub(channel).Publish()
             with contextlib.closing(_Cancelling(stream)):
                 lease_seconds = await self._introduce(stream)
+                self.refusal = ""
                 self._connected(True)
-                while True:
-                    lease_seconds = await self._round(stream, lease_seconds)
+                try:
+                    while True:
+                        lease_seconds = await self._round(stream, lease_seconds)
+                except asyncio.CancelledError:
+                    await _take_leave(stream)
+                    raise
 
     async def _introduce(self, stream: Stream) -> float:
         """Announce this host; returns the lease in seconds."""
@@ -229,6 +244,22 @@ class Publisher:
             domain.untold = True
         self._news.set()
 
+    def _away(self, error: Exception) -> None:
+        """Tell why the index is away; of a refusal loudly, but once."""
+        refused = (
+            isinstance(error, grpc.aio.AioRpcError)
+            and error.code() is grpc.StatusCode.ALREADY_EXISTS
+        )
+        if refused and not self.refusal:
+            log.error(
+                "the index refuses this host, which goes on alone",
+                host=self._announce.host,
+                why=_why(error),
+            )
+        elif not refused:
+            log.info("index is away", target=self._target, why=_why(error))
+        self.refusal = _why(error) if refused else ""
+
     def _connected(self, connected: bool) -> None:
         if connected != self.connected:
             self.connected = connected
@@ -244,6 +275,13 @@ class _Cancelling:
 
     def close(self) -> None:
         self._stream.cancel()
+
+
+async def _take_leave(stream: Stream) -> None:
+    """Tell the index that this scanner stops, if it can still be told: its lease ends anyway."""
+    with contextlib.suppress(grpc.aio.AioRpcError, IndexAwayError, TimeoutError):
+        async with asyncio.timeout(_LEAVE_SECONDS):
+            await _ask(stream, index_pb2.PublishRequest(leave=index_pb2.Leave()))
 
 
 async def _ask(stream: Stream, request: index_pb2.PublishRequest) -> index_pb2.PublishResponse:

@@ -125,6 +125,7 @@ class ScannerServicer(scanner_pb2_grpc.ScannerServicer):
             published=self._publisher.published if self._publisher is not None else 0,
             cpu_seconds=used.ru_utime + used.ru_stime,
             background_cpu_percent=self._passes.budget.percent,
+            index_refusal=self._publisher.refusal if self._publisher is not None else "",
         )
 
     async def GetOverlap(

@@ -45,6 +45,7 @@ class ScannerStats:
     published: int
     cpu_seconds: float
     background_cpu_percent: float
+    index_refusal: str
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from samepage.reports import PAGE_SIZE
 from samepage.sizes import format_size
 
 AWAY = "away"
+REFUSED = "refused"
 _SIZES = (">shared", ">store", ">saved", ">away")
 _COLUMNS = ("host", "daemons", "index", ">arenas", *_SIZES, ">published")
 
@@ -21,7 +22,7 @@ _COLUMNS = ("host", "daemons", "index", ">arenas", *_SIZES, ">published")
 def status(directory: DirectoryOption = None, json: JsonOption = False) -> None:
     """Show what each host shares and saves, and how its daemons are.
 
-    Exits with 1 when one of them does not answer, 3 when none does.
+    Exits with 1 when one of them does not answer, or the index refuses a host; 3 when none answers.
     """
     cluster = places.find(directory)
     hosts = [daemons.host_status(host) for host in cluster.hosts]
@@ -29,11 +30,16 @@ def status(directory: DirectoryOption = None, json: JsonOption = False) -> None:
     problems += [text for host in hosts for text in host.errors]
     if not any(host.merger or host.scanner for host in hosts):
         raise NotRunningError("; ".join(problems))
+    refusals = [
+        f"{_name(host)} is no part of the cluster: {host.scanner.index_refusal}"
+        for host in hosts
+        if host.scanner is not None and host.scanner.index_refusal
+    ]
     if json:
-        print_json(_to_json(hosts, index, problems))
+        print_json(_to_json(hosts, index, problems + refusals))
     else:
-        _show(hosts, index, problems)
-    if problems:
+        _show(hosts, index, [(AWAY, text) for text in problems] + [(REFUSED, t) for t in refusals])
+    if problems or refusals:
         raise typer.Exit(1)
 
 
@@ -72,7 +78,9 @@ def _name(host: daemons.HostStatus) -> str:
 
 
 def _show(
-    hosts: list[daemons.HostStatus], index: daemons.IndexStats | None, problems: list[str]
+    hosts: list[daemons.HostStatus],
+    index: daemons.IndexStats | None,
+    problems: list[tuple[str, str]],
 ) -> None:
     print_table(
         _COLUMNS,
@@ -98,8 +106,8 @@ def _show(
                 "they share as before, and get what is new when they are started anew",
                 highlight=False,
             )
-    for problem in problems:
-        messages.print(f"[red]{AWAY}:[/red] {problem}", highlight=False)
+    for kind, problem in problems:
+        messages.print(f"[red]{kind}:[/red] {problem}", highlight=False)
 
 
 def _row(host: daemons.HostStatus) -> list[object]:
@@ -108,7 +116,7 @@ def _row(host: daemons.HostStatus) -> list[object]:
     if host.arenas is None and daemons.has_arenas_service(host.host):
         missing.append("arenas")
     row: list[object] = [_name(host), f"{', '.join(missing)} {AWAY}" if missing else "serving"]
-    row.append("-" if scanner is None else "connected" if scanner.index_connected else "not used")
+    row.append("-" if scanner is None else _index_connection(scanner))
     if merger is None:
         row += ["-"] * (1 + len(_SIZES))
     else:
@@ -119,3 +127,9 @@ def _row(host: daemons.HostStatus) -> list[object]:
         row += [format_size(size) for size in sizes]
     row.append("-" if scanner is None else scanner.published)
     return row
+
+
+def _index_connection(scanner: daemons.ScannerStats) -> str:
+    if scanner.index_refusal:
+        return REFUSED
+    return "connected" if scanner.index_connected else "not used"

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/index.proto\x12\x0bsamepage.v1\"\x8d\x01\n\x0ePublishRequest\x12)\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x15.samepage.v1.AnnounceH\x00\x12#\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x12.samepage.v1.BatchH\x00\x12#\n\x05renew\x18\x03 \x01(\x0b\x32\x12.samepage.v1.RenewH\x00\x42\x06\n\x04kind\"?\n\x08\x41nnounce\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0emerger_address\x18\x03 \x01(\t\":\n\x05\x42\x61tch\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\"\x07\n\x05Renew\"\x9a\x01\n\x0fPublishResponse\x12+\n\tannounced\x18\x01 \x01(\x0b\x32\x16.samepage.v1.AnnouncedH\x00\x12)\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x15.samepage.v1.AcceptedH\x00\x12\'\n\x07renewed\x18\x03 \x01(\x0b\x32\x14.samepage.v1.RenewedH\x00\x42\x06\n\x04kind\".\n\tAnnounced\x12\x0f\n\x07resumed\x18\x01 \x01(\x08\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\"\n\x08\x41\x63\x63\x65pted\x12\x16\n\x0eheld_elsewhere\x18\x01 \x01(\x04\"\x18\n\x07Renewed\x12\r\n\x05known\x18\x01 \x01(\x08\"8\n\rLookupRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\"C\n\x0eLookupResponse\x12 \n\x05hosts\x18\x01 \x03(\x0b\x32\x11.samepage.v1.Host\x12\x0f\n\x07holders\x18\x02 \x01(\x0c\"W\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0emerger_address\x18\x03 \x01(\t\x12\x1a\n\x12lease_remaining_ms\x18\x04 \x01(\r\"\x12\n\x10ListHostsRequest\"5\n\x11ListHostsResponse\x12 \n\x05hosts\x18\x01 \x03(\x0b\x32\x11.samepage.v1.Host\"\x16\n\x14GetIndexStatsRequest\"r\n\x15GetIndexStatsResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x03 \x01(\x04\x12\r\n\x05hosts\x18\x04 \x01(\r\x12\r\n\x05store\x18\x05 \x01(\t2\xb8\x02\n\x05Index\x12H\n\x07Publish\x12\x1b.samepage.v1.PublishRequest\x1a\x1c.samepage.v1.PublishResponse(\x01\x30\x01\x12\x41\n\x06Lookup\x12\x1a.samepage.v1.LookupRequest\x1a\x1b.samepage.v1.LookupResponse\x12J\n\tListHosts\x12\x1d.samepage.v1.ListHostsRequest\x1a\x1e.samepage.v1.ListHostsResponse\x12V\n\rGetIndexStats\x12!.samepage.v1.GetIndexStatsRequest\x1a\".samepage.v1.GetIndexStatsResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/index.proto\x12\x0bsamepage.v1\"\xb2\x01\n\x0ePublishRequest\x12)\n\x08\x61nnounce\x18\x01 \x01(\x0b\x32\x15.samepage.v1.AnnounceH\x00\x12#\n\x05\x62\x61tch\x18\x02 \x01(\x0b\x32\x12.samepage.v1.BatchH\x00\x12#\n\x05renew\x18\x03 \x01(\x0b\x32\x12.samepage.v1.RenewH\x00\x12#\n\x05leave\x18\x04 \x01(\x0b\x32\x12.samepage.v1.LeaveH\x00\x42\x06\n\x04kind\"?\n\x08\x41nnounce\x12\x0c\n\x04host\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0emerger_address\x18\x03 \x01(\t\":\n\x05\x42\x61tch\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61\x64\x64\x65\x64\x18\x02 \x01(\x0c\x12\x0f\n\x07removed\x18\x03 \x01(\x0c\"\x07\n\x05Renew\"\x07\n\x05Leave\"\xbd\x01\n\x0fPublishResponse\x12+\n\tannounced\x18\x01 \x01(\x0b\x32\x16.samepage.v1.AnnouncedH\x00\x12)\n\x08\x61\x63\x63\x65pted\x18\x02 \x01(\x0b\x32\x15.samepage.v1.AcceptedH\x00\x12\'\n\x07renewed\x18\x03 \x01(\x0b\x32\x14.samepage.v1.RenewedH\x00\x12!\n\x04left\x18\x04 \x01(\x0b\x32\x11.samepage.v1.LeftH\x00\x42\x06\n\x04kind\".\n\tAnnounced\x12\x0f\n\x07resumed\x18\x01 \x01(\x08\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\"\"\n\x08\x41\x63\x63\x65pted\x12\x16\n\x0eheld_elsewhere\x18\x01 \x01(\x04\"\x18\n\x07Renewed\x12\r\n\x05known\x18\x01 \x01(\x08\"\x06\n\x04Left\"8\n\rLookupRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\"C\n\x0eLookupResponse\x12 \n\x05hosts\x18\x01 \x03(\x0b\x32\x11.samepage.v1.Host\x12\x0f\n\x07holders\x18\x02 \x01(\x0c\"W\n\x04Host\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x16\n\x0emerger_address\x18\x03 \x01(\t\x12\x1a\n\x12lease_remaining_ms\x18\x04 \x01(\r\"\x12\n\x10ListHostsRequest\"5\n\x11ListHostsResponse\x12 \n\x05hosts\x18\x01 \x03(\x0b\x32\x11.samepage.v1.Host\"\x16\n\x14GetIndexStatsRequest\"r\n\x15GetIndexStatsResponse\x12\x0f\n\x07\x65ntries\x18\x01 \x01(\x04\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x04\x12\x14\n\x0cstored_bytes\x18\x03 \x01(\x04\x12\r\n\x05hosts\x18\x04 \x01(\r\x12\r\n\x05store\x18\x05 \x01(\t2\xb8\x02\n\x05Index\x12H\n\x07Publish\x12\x1b.samepage.v1.PublishRequest\x1a\x1c.samepage.v1.PublishResponse(\x01\x30\x01\x12\x41\n\x06Lookup\x12\x1a.samepage.v1.LookupRequest\x1a\x1b.samepage.v1.LookupResponse\x12J\n\tListHosts\x12\x1d.samepage.v1.ListHostsRequest\x1a\x1e.samepage.v1.ListHostsResponse\x12V\n\rGetIndexStats\x12!.samepage.v1.GetIndexStatsRequest\x1a\".samepage.v1.GetIndexStatsResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -32,35 +32,39 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'samepage.v1.index_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_PUBLISHREQUEST']._serialized_start=41
-  _globals['_PUBLISHREQUEST']._serialized_end=182
-  _globals['_ANNOUNCE']._serialized_start=184
-  _globals['_ANNOUNCE']._serialized_end=247
-  _globals['_BATCH']._serialized_start=249
-  _globals['_BATCH']._serialized_end=307
-  _globals['_RENEW']._serialized_start=309
-  _globals['_RENEW']._serialized_end=316
-  _globals['_PUBLISHRESPONSE']._serialized_start=319
-  _globals['_PUBLISHRESPONSE']._serialized_end=473
-  _globals['_ANNOUNCED']._serialized_start=475
-  _globals['_ANNOUNCED']._serialized_end=521
-  _globals['_ACCEPTED']._serialized_start=523
-  _globals['_ACCEPTED']._serialized_end=557
-  _globals['_RENEWED']._serialized_start=559
-  _globals['_RENEWED']._serialized_end=583
-  _globals['_LOOKUPREQUEST']._serialized_start=585
-  _globals['_LOOKUPREQUEST']._serialized_end=641
-  _globals['_LOOKUPRESPONSE']._serialized_start=643
-  _globals['_LOOKUPRESPONSE']._serialized_end=710
-  _globals['_HOST']._serialized_start=712
-  _globals['_HOST']._serialized_end=799
-  _globals['_LISTHOSTSREQUEST']._serialized_start=801
-  _globals['_LISTHOSTSREQUEST']._serialized_end=819
-  _globals['_LISTHOSTSRESPONSE']._serialized_start=821
-  _globals['_LISTHOSTSRESPONSE']._serialized_end=874
-  _globals['_GETINDEXSTATSREQUEST']._serialized_start=876
-  _globals['_GETINDEXSTATSREQUEST']._serialized_end=898
-  _globals['_GETINDEXSTATSRESPONSE']._serialized_start=900
-  _globals['_GETINDEXSTATSRESPONSE']._serialized_end=1014
-  _globals['_INDEX']._serialized_start=1017
-  _globals['_INDEX']._serialized_end=1329
+  _globals['_PUBLISHREQUEST']._serialized_end=219
+  _globals['_ANNOUNCE']._serialized_start=221
+  _globals['_ANNOUNCE']._serialized_end=284
+  _globals['_BATCH']._serialized_start=286
+  _globals['_BATCH']._serialized_end=344
+  _globals['_RENEW']._serialized_start=346
+  _globals['_RENEW']._serialized_end=353
+  _globals['_LEAVE']._serialized_start=355
+  _globals['_LEAVE']._serialized_end=362
+  _globals['_PUBLISHRESPONSE']._serialized_start=365
+  _globals['_PUBLISHRESPONSE']._serialized_end=554
+  _globals['_ANNOUNCED']._serialized_start=556
+  _globals['_ANNOUNCED']._serialized_end=602
+  _globals['_ACCEPTED']._serialized_start=604
+  _globals['_ACCEPTED']._serialized_end=638
+  _globals['_RENEWED']._serialized_start=640
+  _globals['_RENEWED']._serialized_end=664
+  _globals['_LEFT']._serialized_start=666
+  _globals['_LEFT']._serialized_end=672
+  _globals['_LOOKUPREQUEST']._serialized_start=674
+  _globals['_LOOKUPREQUEST']._serialized_end=730
+  _globals['_LOOKUPRESPONSE']._serialized_start=732
+  _globals['_LOOKUPRESPONSE']._serialized_end=799
+  _globals['_HOST']._serialized_start=801
+  _globals['_HOST']._serialized_end=888
+  _globals['_LISTHOSTSREQUEST']._serialized_start=890
+  _globals['_LISTHOSTSREQUEST']._serialized_end=908
+  _globals['_LISTHOSTSRESPONSE']._serialized_start=910
+  _globals['_LISTHOSTSRESPONSE']._serialized_end=963
+  _globals['_GETINDEXSTATSREQUEST']._serialized_start=965
+  _globals['_GETINDEXSTATSREQUEST']._serialized_end=987
+  _globals['_GETINDEXSTATSRESPONSE']._serialized_start=989
+  _globals['_GETINDEXSTATSRESPONSE']._serialized_end=1103
+  _globals['_INDEX']._serialized_start=1106
+  _globals['_INDEX']._serialized_end=1418
 # @@protoc_insertion_point(module_scope)

@@ -25,24 +25,28 @@ class PublishRequest(_message.Message):
     ANNOUNCE_FIELD_NUMBER: _builtins.int
     BATCH_FIELD_NUMBER: _builtins.int
     RENEW_FIELD_NUMBER: _builtins.int
+    LEAVE_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def announce(self) -> Global___Announce: ...
     @_builtins.property
     def batch(self) -> Global___Batch: ...
     @_builtins.property
     def renew(self) -> Global___Renew: ...
+    @_builtins.property
+    def leave(self) -> Global___Leave: ...
     def __init__(
         self,
         *,
         announce: Global___Announce | None = ...,
         batch: Global___Batch | None = ...,
         renew: Global___Renew | None = ...,
+        leave: Global___Leave | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["announce", b"announce", "batch", b"batch", "kind", b"kind", "renew", b"renew"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["announce", b"announce", "batch", b"batch", "kind", b"kind", "leave", b"leave", "renew", b"renew"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announce", b"announce", "batch", b"batch", "kind", b"kind", "renew", b"renew"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announce", b"announce", "batch", b"batch", "kind", b"kind", "leave", b"leave", "renew", b"renew"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["announce", "batch", "renew"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["announce", "batch", "renew", "leave"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -60,7 +64,10 @@ class Announce(_message.Message):
     EPOCH_FIELD_NUMBER: _builtins.int
     MERGER_ADDRESS_FIELD_NUMBER: _builtins.int
     host: _builtins.str
-    """The host's name, unique in the cluster: 1 to 253 characters of [A-Za-z0-9._-]."""
+    """The host's name, unique in the cluster: 1 to 253 characters of [A-Za-z0-9._-]. While a host has
+    a lease, another epoch with the same merger's address is that host, started anew, and one with
+    another address is another host, and refused.
+    """
     epoch: _builtins.int
     """A number that the scanner drew when it started; never 0."""
     merger_address: _builtins.str
@@ -128,30 +135,53 @@ class Renew(_message.Message):
 Global___Renew: _TypeAlias = Renew  # noqa: Y015
 
 @_typing.final
+class Leave(_message.Message):
+    """The scanner stops in order: whoever announces its name next is this host again, wherever its
+    merger is then. The lease goes on, since the host's memory does.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Leave: _TypeAlias = Leave  # noqa: Y015
+
+@_typing.final
 class PublishResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ANNOUNCED_FIELD_NUMBER: _builtins.int
     ACCEPTED_FIELD_NUMBER: _builtins.int
     RENEWED_FIELD_NUMBER: _builtins.int
+    LEFT_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def announced(self) -> Global___Announced: ...
     @_builtins.property
     def accepted(self) -> Global___Accepted: ...
     @_builtins.property
     def renewed(self) -> Global___Renewed: ...
+    @_builtins.property
+    def left(self) -> Global___Left: ...
     def __init__(
         self,
         *,
         announced: Global___Announced | None = ...,
         accepted: Global___Accepted | None = ...,
         renewed: Global___Renewed | None = ...,
+        left: Global___Left | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "announced", b"announced", "kind", b"kind", "renewed", b"renewed"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "announced", b"announced", "kind", b"kind", "left", b"left", "renewed", b"renewed"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "announced", b"announced", "kind", b"kind", "renewed", b"renewed"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted", b"accepted", "announced", b"announced", "kind", b"kind", "left", b"left", "renewed", b"renewed"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["announced", "accepted", "renewed"]  # noqa: Y015
+    _WhichOneofReturnType_kind: _TypeAlias = _typing.Literal["announced", "accepted", "renewed", "left"]  # noqa: Y015
     _WhichOneofArgType_kind: _TypeAlias = _typing.Literal["kind", b"kind"]  # noqa: Y015
     def WhichOneof(self, oneof_group: _WhichOneofArgType_kind) -> _WhichOneofReturnType_kind | None: ...
 
@@ -220,6 +250,21 @@ class Renewed(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Renewed: _TypeAlias = Renewed  # noqa: Y015
+
+@_typing.final
+class Left(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Left: _TypeAlias = Left  # noqa: Y015
 
 @_typing.final
 class LookupRequest(_message.Message):

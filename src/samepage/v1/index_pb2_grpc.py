@@ -67,9 +67,10 @@ class IndexServicer:
 
     def Publish(self, request_iterator, context):
         """One stream a scanner, open as long as the scanner lives. The first request must be an
-        Announce; every Announce, Batch and Renew is answered by one response, in order.
+        Announce; every request is answered by one response, in order.
         Errors: INVALID_ARGUMENT (no Announce first, a length that is no multiple of 16, a bad host
-        name), UNAVAILABLE (Redis is away: reconnect and announce again).
+        name), ALREADY_EXISTS (another host has a lease under this name: announce again when it has
+        ended), UNAVAILABLE (Redis is away: reconnect and announce again).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

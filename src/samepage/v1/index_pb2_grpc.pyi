@@ -38,9 +38,10 @@ class IndexStub:
     def __new__(cls, channel: _aio.Channel) -> IndexAsyncStub: ...
     Publish: _grpc.StreamStreamMultiCallable[_index_pb2.PublishRequest, _index_pb2.PublishResponse]
     """One stream a scanner, open as long as the scanner lives. The first request must be an
-    Announce; every Announce, Batch and Renew is answered by one response, in order.
+    Announce; every request is answered by one response, in order.
     Errors: INVALID_ARGUMENT (no Announce first, a length that is no multiple of 16, a bad host
-    name), UNAVAILABLE (Redis is away: reconnect and announce again).
+    name), ALREADY_EXISTS (another host has a lease under this name: announce again when it has
+    ended), UNAVAILABLE (Redis is away: reconnect and announce again).
     """
     Lookup: _grpc.UnaryUnaryMultiCallable[_index_pb2.LookupRequest, _index_pb2.LookupResponse]
     """Who holds these fingerprints. Errors: INVALID_ARGUMENT (lengths, more than 65536
@@ -61,9 +62,10 @@ class IndexAsyncStub(IndexStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
     Publish: _aio.StreamStreamMultiCallable[_index_pb2.PublishRequest, _index_pb2.PublishResponse]  # type: ignore[assignment]
     """One stream a scanner, open as long as the scanner lives. The first request must be an
-    Announce; every Announce, Batch and Renew is answered by one response, in order.
+    Announce; every request is answered by one response, in order.
     Errors: INVALID_ARGUMENT (no Announce first, a length that is no multiple of 16, a bad host
-    name), UNAVAILABLE (Redis is away: reconnect and announce again).
+    name), ALREADY_EXISTS (another host has a lease under this name: announce again when it has
+    ended), UNAVAILABLE (Redis is away: reconnect and announce again).
     """
     Lookup: _aio.UnaryUnaryMultiCallable[_index_pb2.LookupRequest, _index_pb2.LookupResponse]  # type: ignore[assignment]
     """Who holds these fingerprints. Errors: INVALID_ARGUMENT (lengths, more than 65536
@@ -87,9 +89,10 @@ class IndexServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_index_pb2.PublishResponse], _abc.AsyncIterator[_index_pb2.PublishResponse]]:
         """One stream a scanner, open as long as the scanner lives. The first request must be an
-        Announce; every Announce, Batch and Renew is answered by one response, in order.
+        Announce; every request is answered by one response, in order.
         Errors: INVALID_ARGUMENT (no Announce first, a length that is no multiple of 16, a bad host
-        name), UNAVAILABLE (Redis is away: reconnect and announce again).
+        name), ALREADY_EXISTS (another host has a lease under this name: announce again when it has
+        ended), UNAVAILABLE (Redis is away: reconnect and announce again).
         """
 
     @_abc_1.abstractmethod

@@ -406,6 +406,7 @@ class GetScannerStatusResponse(_message.Message):
     PUBLISHED_FIELD_NUMBER: _builtins.int
     CPU_SECONDS_FIELD_NUMBER: _builtins.int
     BACKGROUND_CPU_PERCENT_FIELD_NUMBER: _builtins.int
+    INDEX_REFUSAL_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     agents: _builtins.int
     arenas: _builtins.int
@@ -425,6 +426,8 @@ class GetScannerStatusResponse(_message.Message):
     """What background passes spent in the last minute, percent of one core: scanner, agents' threads
     and merger together. The limit is ScannerPolicy.cpu_percent.
     """
+    index_refusal: _builtins.str
+    """Why the index refuses this host, which goes on alone; empty when it does not."""
     def __init__(
         self,
         *,
@@ -439,10 +442,11 @@ class GetScannerStatusResponse(_message.Message):
         published: _builtins.int = ...,
         cpu_seconds: _builtins.float = ...,
         background_cpu_percent: _builtins.float = ...,
+        index_refusal: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "background_cpu_percent", b"background_cpu_percent", "cpu_seconds", b"cpu_seconds", "index_connected", b"index_connected", "merger_connected", b"merger_connected", "node", b"node", "pages", b"pages", "pages_scanned", b"pages_scanned", "passes", b"passes", "published", b"published"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agents", b"agents", "arenas", b"arenas", "background_cpu_percent", b"background_cpu_percent", "cpu_seconds", b"cpu_seconds", "index_connected", b"index_connected", "index_refusal", b"index_refusal", "merger_connected", b"merger_connected", "node", b"node", "pages", b"pages", "pages_scanned", b"pages_scanned", "passes", b"passes", "published", b"published"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -8,7 +8,7 @@ import pytest
 from helpers.index_harness import Books, eventually
 
 from samepage.errors import InvalidArgumentError, ServiceUnavailableError
-from samepage_index.errors import ForgottenError
+from samepage_index.errors import ForgottenError, NameTakenError
 from samepage_index.janitor import Janitor
 
 from .conftest import Server
@@ -77,6 +77,51 @@ async def test_a_new_epoch_voids_the_old_ones_entries_at_once(books: Books) -> N
     assert await new.publish(DOMAIN, PACKED[:160], b"") == 10
     assert await janitor(books).run_once() == 100
     assert await entries(books) == 110
+
+
+async def test_a_second_host_of_the_name_is_refused(books: Books) -> None:
+    first, second = books.index.publisher(), books.index.publisher()
+    await first.announce("alpha", 7, "a:1")
+    await first.publish(DOMAIN, PACKED, b"")
+    with pytest.raises(NameTakenError, match=r"'alpha', with its merger at a:1: give each host a"):
+        await second.announce("alpha", 8, "b:1")
+    assert await first.renew()
+    assert await books.holders(DOMAIN, PAGES) == {page: {"alpha"} for page in PAGES}
+    # Started anew where it was.
+    assert not await books.index.publisher().announce("alpha", 9, "a:1")
+    with pytest.raises(NameTakenError):
+        await second.announce("alpha", 8, "b:1")
+
+
+async def test_a_host_that_moved_comes_back_when_its_lease_ends(books: Books, short: Books) -> None:
+    await short.index.publisher().announce("alpha", 7, "a:1")
+    await gone(books, "alpha")
+    assert not await books.index.publisher().announce("alpha", 8, "b:1")
+    assert [host.merger_address for host in await books.index.hosts()] == ["b:1"]
+
+
+async def test_a_host_that_took_its_leave_comes_back_anywhere(books: Books) -> None:
+    old, new = books.index.publisher(), books.index.publisher()
+    await old.announce("alpha", 7, "a:1")
+    await old.publish(DOMAIN, PACKED, b"")
+    await old.leave()
+    assert set(await books.holders(DOMAIN, PAGES)) == set(PAGES), "its memory is there still"
+    assert not await new.announce("alpha", 8, "b:1")
+    await old.leave()
+    with pytest.raises(NameTakenError):
+        await books.index.publisher().announce("alpha", 9, "c:1")
+
+
+@pytest.mark.parametrize("address", ["", "localhost:7001"])
+async def test_two_hosts_that_call_their_address_the_same(books: Books, address: str) -> None:
+    """The second looks like the first started anew, but then the first is still there."""
+    first, second = books.index.publisher(), books.index.publisher()
+    await first.announce("alpha", 7, address)
+    await second.announce("alpha", 8, address)
+    with pytest.raises(NameTakenError):
+        await first.announce("alpha", 7, address)
+    await second.leave()
+    assert not await first.announce("alpha", 7, address)
 
 
 async def test_an_ended_lease_hides_the_host(books: Books, short: Books) -> None:

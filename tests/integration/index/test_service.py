@@ -100,7 +100,8 @@ async def test_two_hosts_on_the_embedded_server(start_index: StartIndex) -> None
     [
         ({"renew": pb.Renew()}, "first request of a stream must be an Announce"),
         ({"batch": pb.Batch(domain_id=DOMAIN)}, "first request of a stream must be an Announce"),
-        ({}, "an Announce, a Batch or a Renew"),
+        ({"leave": pb.Leave()}, "first request of a stream must be an Announce"),
+        ({}, "an Announce, a Batch, a Renew or a Leave"),
         ({"announce": pb.Announce(host="a/b", epoch=1)}, "host name 'a/b' is not valid"),
         ({"announce": pb.Announce(host="a")}, "epoch must not be 0"),
         ({"announce": pb.Announce(host="a", epoch=1, merger_address="x" * 513)}, "512 characters"),
@@ -113,6 +114,18 @@ async def test_bad_first_requests(
         code, text = await refused(client.stream(), kind)
         assert code is grpc.StatusCode.INVALID_ARGUMENT
         assert told in text
+
+
+async def test_a_name_that_is_taken(start_index: StartIndex) -> None:
+    async with connected(await start_index().ready()) as client:
+        stream = client.stream()
+        await stream.announce("alpha")
+        other = pb.Announce(host="alpha", epoch=2, merger_address="elsewhere:7000")
+        code, text = await refused(client.stream(), {"announce": other})
+        assert code is grpc.StatusCode.ALREADY_EXISTS
+        assert "alpha:7000" in text
+        assert (await stream.send(leave=pb.Leave())).HasField("left")
+        await client.stream().send(announce=other)
 
 
 async def test_bad_lengths(start_index: StartIndex) -> None:

@@ -9,6 +9,7 @@ for i = 1, #all, 2 do
   local ends = call('ZSCORE', leases, number)
   if not ends or ends + keep_ms < now then
     call('HDEL', hosts, all[i])
+    call('HDEL', past, all[i])
     call('ZREM', leases, number)
     call('HSET', numbers, number, '1')
   end

@@ -4,13 +4,15 @@
 -- KEYS[2], leases: sorted set, number -> when the lease ends (ms since 1970, this server's clock).
 -- KEYS[3], numbers: hash, number -> '0', or since when no host has it any more (ms). A number is
 -- used again only after the entries that carry it were swept.
+-- KEYS[4], past: hash, name -> '1' when the host has taken its leave, else '0', and the 8-byte epoch
+-- that it announced before.
 -- The run id is of the server processes that took the host's entries: one that starts again may have
 -- old data, or none. It is made of this server's and of the last argument, which is the generation
 -- of a cluster's other servers.
 
 local sub = string.sub
 local call = redis.call
-local hosts, leases, numbers = KEYS[1], KEYS[2], KEYS[3]
+local hosts, leases, numbers, past = KEYS[1], KEYS[2], KEYS[3], KEYS[4]
 
 local function now_ms()
   local time = call('TIME')
@@ -27,7 +29,10 @@ local function text(number)
 end
 
 local function parse(record)
-  return { number = sub(record, 1, 2), epoch = sub(record, 3, 10), run = sub(record, 11, 50) }
+  return {
+    number = sub(record, 1, 2), epoch = sub(record, 3, 10), run = sub(record, 11, 50),
+    address = sub(record, 51),
+  }
 end
 
 -- The hosts that have a lease and whose entries this server has.
