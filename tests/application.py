@@ -256,7 +256,9 @@ class Served:
         """What a part of an arena may be used for, by mapping, as /proc/self/maps has it."""
         import ctypes
 
-        start = ctypes.addressof(ctypes.c_char.from_buffer(self.views[name])) + page * PAGE
+        memory = self.arenas[name]._memory
+        assert memory is not None
+        start = ctypes.addressof(memory) + page * PAGE
         with open("/proc/self/maps") as file:
             parts = [line.split()[:2] for line in file]
         bounds = [([int(at, 16) for at in span.split("-")], kind) for span, kind in parts]

@@ -154,6 +154,9 @@ void *sp_arena_data(const struct sp_arena *arena);
 size_t sp_arena_size(const struct sp_arena *arena);
 const char *sp_arena_domain(const struct sp_arena *arena);
 
+/* 1 when it can only be read, since sp_arena_seal() or as the copy of a sealed arena; else 0. */
+int sp_arena_sealed(const struct sp_arena *arena);
+
 /* Look now for equal pages and merge them; waits until done, at most timeout_ms. -ENOTCONN: the
  * scanner or merger is away. -ETIMEDOUT: what was begun goes on. -EBADF: the arena is closed. */
 int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_report *report);

@@ -7,6 +7,7 @@
 #include "credential.h"
 #include "kernel.h"
 #include "mover.h"
+#include "sealed.h"
 
 /* The runs that map slots, in the protocol's form, as they are now. Returns their number; *runs is
  * a mapping of *length bytes, or NULL for none. */
@@ -128,7 +129,10 @@ int sp_mover_announce(struct sp_node *node, struct sp_arena *arena, uint32_t seq
 	open.domain_bytes = (uint16_t)parts[2].iov_len;
 	memcpy(open.left, arena->left, sizeof(open.left));
 	arena->announced = true; /* from the copy on, changes are noticed */
-	error = sp_mover_send(node, WIRE_ARENA_OPEN, seq, arena->number, parts, 3, arena->store);
+	error = atomic_load(&arena->sealed) ? sp_mover_tell_sealed(node, arena) : 0;
+	if (!error)
+		error = sp_mover_send(node, WIRE_ARENA_OPEN, seq, arena->number, parts, 3,
+				      arena->store);
 	if (!error)
 		error = send_extents(node, arena, runs, n);
 	if (runs)

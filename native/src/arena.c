@@ -190,6 +190,11 @@ size_t sp_arena_size(const struct sp_arena *arena)
 	return arena->pages * SP_PAGE_SIZE;
 }
 
+int sp_arena_sealed(const struct sp_arena *arena)
+{
+	return atomic_load(&arena->sealed);
+}
+
 int sp_arena_share(struct sp_arena *arena, int timeout_ms, struct sp_share_report *report)
 {
 	struct wire_shared shared;

@@ -14,6 +14,7 @@
 
 #include "error.h"
 #include "mover.h"
+#include "sealed.h"
 
 #define NO_MEMORY "there is no memory, or no address space, for an arena of that size"
 #define NOT_HERE                                                                                   \
@@ -108,6 +109,8 @@ int sp_mover_receive_cloning(struct sp_node *node, const struct sp_message *mess
 		error = last ? -EPROTO : make(node, request->arena, cloned.pages);
 	if (!error && cloned.pages != request->arena->pages)
 		error = -EPROTO;
+	if (!error && cloned.sealed && !atomic_load(&request->arena->sealed))
+		error = sp_mover_seal_clone(node, request->arena);
 	if (error) {
 		sp_mailbox_done(mailbox, request, error == -EPROTO ? -ENOTCONN : error,
 				error == -EPROTO ? "the merger broke the protocol" : NO_MEMORY);

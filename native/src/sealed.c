@@ -54,18 +54,34 @@ static bool is_pinned(struct sp_node *node, struct sp_arena *arena)
 	return false;
 }
 
+int sp_mover_tell_sealed(struct sp_node *node, const struct sp_arena *arena)
+{
+	const struct sp_link *link = &node->mover.link;
+
+	if (!link->welcomed || link->version < 3)
+		return 0;
+	return sp_mover_send(node, WIRE_SEALED, 0, arena->number, NULL, 0, -1);
+}
+
+int sp_mover_seal_clone(struct sp_node *node, struct sp_arena *arena)
+{
+	int error = sys_result(mprotect(arena->data, arena->pages * SP_PAGE_SIZE, PROT_READ));
+
+	if (error)
+		return error;
+	atomic_store(&arena->sealed, true);
+	if (sp_mover_tell_sealed(node, arena)) /* told anew with the next connection */
+		sp_link_close(&node->mover.link);
+	return 0;
+}
+
 int sp_mover_seal(struct sp_node *node, struct sp_arena *arena)
 {
-	int error;
-
 	if (atomic_load(&arena->sealed))
 		return 0;
 	if (node->mover.can_share && is_pinned(node, arena))
 		return -EBUSY;
-	error = sys_result(mprotect(arena->data, arena->pages * SP_PAGE_SIZE, PROT_READ));
-	if (!error)
-		atomic_store(&arena->sealed, true);
-	return error;
+	return sp_mover_seal_clone(node, arena);
 }
 
 /* Copy the pages that are there to the bounce buffer, in a way that can't fault: the application

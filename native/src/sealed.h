@@ -17,6 +17,13 @@
 /* Make the arena read-only for good. -EBUSY: pages are pinned for I/O. -ENOMEM: no mapping left. */
 int sp_mover_seal(struct sp_node *node, struct sp_arena *arena);
 
+/* The same for an arena that the application does not have yet, so that no page of it is pinned.
+ * -ENOMEM. */
+int sp_mover_seal_clone(struct sp_node *node, struct sp_arena *arena);
+
+/* Let the merger know that an arena is sealed; of one that is announced again, before ARENA_OPEN. */
+int sp_mover_tell_sealed(struct sp_node *node, const struct sp_arena *arena);
+
 /* Replace n <= SP_TAKE_PAGES private pages of a sealed arena by slots with the same bytes; slot 0
  * gives pages of zeros back to the kernel. One outcome a page. */
 void sp_sealed_replace(struct sp_pager *pager, uint8_t *address, size_t n, int store, uint64_t slot,

@@ -61,7 +61,8 @@ enum wire_type {
 	WIRE_CLONED = 39,
 	WIRE_FETCH = 40,
 	WIRE_EVICT_ARENA = 41,
-	WIRE_EVICTED = 42
+	WIRE_EVICTED = 42,
+	WIRE_SEALED = 43
 };
 
 enum wire_outcome {
@@ -152,9 +153,10 @@ struct wire_clone { /* host, source arena, name and domain follow */
 	uint16_t domain_bytes;
 };
 
-struct wire_cloned { /* CLONING ends before the last field */
+struct wire_cloned { /* CLONING ends before the last two fields */
 	uint64_t pages, local, fetched, missing;
 	uint64_t freeze_us;
+	uint64_t sealed;
 };
 
 struct wire_evicted {

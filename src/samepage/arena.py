@@ -30,7 +30,7 @@ class Arena:
         self._name = name
         self._domain = native.arena_domain(pointer)
         self._size = native.arena_size(pointer)
-        self._sealed = False
+        self._sealed = native.arena_sealed(pointer)
         self._memory: ctypes.Array[ctypes.c_ubyte] | None = _own(connection, pointer, self._size)
 
     @property

@@ -92,6 +92,7 @@ class Node:
         progress: Callable[[CloneProgress], object] | None = None,
     ) -> Arena:
         """Make an arena that is a copy of one on another host. Only what this host lacks is moved.
+        A copy of a sealed arena is sealed.
 
         Args:
             source: "HOST/ARENA", by their names in the cluster and on that host.

@@ -184,6 +184,7 @@ def _declare(library: ctypes.CDLL) -> None:
         ("sp_arena_data", pointer, [pointer]),
         ("sp_arena_domain", ctypes.c_char_p, [pointer]),
         ("sp_arena_size", ctypes.c_size_t, [pointer]),
+        ("sp_arena_sealed", number, [pointer]),
         ("sp_arena_share", number, [pointer, number, ctypes.POINTER(_ShareReport)]),
         ("sp_arena_stats", number, [pointer, ctypes.POINTER(_ArenaStats)]),
         ("sp_arena_seal", number, [pointer]),
@@ -300,6 +301,11 @@ def arena_size(arena: ArenaPointer) -> int:
     """Return the bytes of the memory."""
     size: int = _library().sp_arena_size(arena)
     return size
+
+
+def arena_sealed(arena: ArenaPointer) -> bool:
+    """Return whether it can only be read."""
+    return bool(_library().sp_arena_sealed(arena))
 
 
 def share(arena: ArenaPointer, timeout_ms: int) -> ShareReport:

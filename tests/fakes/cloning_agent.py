@@ -19,12 +19,14 @@ class CloningAgent(FakeMergingAgent):
     Attributes:
         mappings: how many more pages may map slots.
         told: what CLONING and CLONED said: pages, local, fetched, missing; CLONED also the freeze.
+        sealed: the arenas of which CLONED said that they are.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.mappings = 1 << 30
         self.told: list[tuple[int, ...]] = []
+        self.sealed: set[int] = set()
         self._news: dict[int, asyncio.Queue[wire.Message]] = {}
         self._next_seq = _FIRST_SEQ
 
@@ -85,6 +87,9 @@ class CloningAgent(FakeMergingAgent):
             raise RefusedError(error, message.payload[wire.REFUSED.size :].decode())
         layout = wire.CLONED if message.type is wire.Type.CLONED else wire.CLONING
         counts = wire.unpack(layout, message)
+        if message.type is wire.Type.CLONED:
+            counts, sealed = counts[:-1], counts[-1]
+            self.sealed |= {message.arena} if sealed else set()
         self.told.append(counts)
         return counts
 

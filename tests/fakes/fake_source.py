@@ -37,11 +37,13 @@ class SourceArena:
         data: its pages.
         written: those written since the last snapshot.
         left: to which snapshot it was left.
+        sealed: it can only be read.
     """
 
     data: Pages
     written: set[int] = field(default_factory=set)
     left: bytes = b""
+    sealed: bool = False
 
     def write(self, page: int, data: bytes) -> None:
         """What the application does."""
@@ -110,7 +112,9 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
             snapshot_id = secrets.token_bytes(16)
             snapshot = self.snapshots[snapshot_id] = SourceSnapshot(arena, request.owner)
             pages = list(range(len(arena.data)))
-            yield pb.SnapshotResponse(snapshot_id=snapshot_id, pages=len(arena.data))
+            yield pb.SnapshotResponse(
+                snapshot_id=snapshot_id, pages=len(arena.data), sealed=arena.sealed
+            )
         async for response in self._told(snapshot_id, snapshot, pages, context):
             yield response
 
@@ -203,6 +207,7 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
                     first_page=int(some[0]),
                     digests=digests.tobytes(),
                     fingerprints=bytes(16 * some.size),
+                    sealed=arena.sealed,
                 )
 
     def _hold(self, snapshot: SourceSnapshot, digests: Digests, data: bytes) -> None:

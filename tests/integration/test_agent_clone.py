@@ -48,11 +48,17 @@ def asked(merger: Merger) -> tuple[wire.Message, tuple[int, ...], list[str]]:
     return message, (flags, freeze), names
 
 
-def tell(merger: Merger, clone: wire.Message, *counts: int, freeze: int | None = None) -> None:
-    kind = Type.CLONING if freeze is None else Type.CLONED
-    payload = wire.CLONING.pack(PAGES, *counts) + (
-        b"" if freeze is None else freeze.to_bytes(8, "little")
-    )
+def tell(
+    merger: Merger,
+    clone: wire.Message,
+    *counts: int,
+    freeze: int | None = None,
+    sealed: bool = False,
+) -> None:
+    if freeze is None:
+        kind, payload = Type.CLONING, wire.CLONING.pack(PAGES, *counts)
+    else:
+        kind, payload = Type.CLONED, wire.CLONED.pack(PAGES, *counts, freeze, sealed)
     merger.agent.send(wire.pack(kind, clone.seq, clone.arena, payload))
 
 
@@ -75,6 +81,27 @@ def test_a_clone_arrives_page_by_page(merger: Merger, application: Application) 
     told = application.finish()
     assert told[-1] == [2 * PAGE, 6 * PAGE, 0, 0]
     assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
+
+
+def test_the_clone_of_a_sealed_arena_is_sealed(merger: Merger, application: Application) -> None:
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    assert merger.make_away(0, PAGES) == [Outcome.MERGED] * PAGES
+    assert merger.fill(DATA, (0, 4)) == [Outcome.MERGED] * 4
+    tell(merger, clone, 0, 4, PAGES - 4, freeze=0, sealed=True)
+    application.finish()
+    assert merger.receive(Type.SEALED).arena == clone.arena
+    assert not application.call("writable", "copy")
+    assert merger.fill(DATA, (4, PAGES - 4)) == [Outcome.MERGED] * (PAGES - 4)
+    assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
+    assert set(application.call("protections", "copy", 0, PAGES)) == {"r--p"}
+    # A merger that starts anew is told before it may think otherwise.
+    merger.agent.close()
+    merger.welcome()
+    assert merger.receive(Type.SEALED).arena == clone.arena
+    assert merger.open_arena().name == "copy"
 
 
 @pytest.mark.parametrize(

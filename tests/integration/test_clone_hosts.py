@@ -120,6 +120,26 @@ def filled(node: client.Node, name: str, seed: int = 1) -> client.Arena:
 
 
 class TestClone:
+    def test_copies_of_a_sealed_arena_are_sealed(
+        self, hosts: Hosts, one: client.Node, two: client.Node
+    ) -> None:
+        source = filled(one, hosts.name(), seed=12)
+        expected = bytes_of(source).copy()
+        source.seal()
+        for lazy in (False, True):
+            copy = two.clone_arena(f"host-1/{source.name}", hosts.name(), lazy=lazy)
+            assert copy.sealed
+            assert copy.buffer.readonly
+            assert (bytes_of(copy) == expected).all()
+            with pytest.raises(client.SealedError):
+                copy.discard(0, PAGE_SIZE)
+        third = one.clone_arena(f"host-2/{copy.name}")
+        assert third.sealed
+        moved = two.migrate_arena(f"host-1/{source.name}")
+        assert moved.sealed
+        assert (bytes_of(moved) == expected).all()
+        assert (bytes_of(third) == expected).all()
+
     def test_only_what_is_missing_is_fetched(
         self, hosts: Hosts, one: client.Node, two: client.Node
     ) -> None:

@@ -130,6 +130,7 @@ class Agents:
             wire.Type.FETCH: self._fetch,
             wire.Type.EVICT_ARENA: self._evict,
             wire.Type.CLONE: self._clone,
+            wire.Type.SEALED: self._sealed,
             wire.Type.RESTORED: self._restored,
             wire.Type.STALLS: self._stalled,
             wire.Type.ACCOUNT: self._account,
@@ -406,6 +407,7 @@ class Agents:
     def _close(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         if self.clones is not None:
             self.clones.closed(session, message.arena)
+        session.sealed.discard(message.arena)
         arena = session.arenas.get(message.arena)
         if arena is None:
             return
@@ -416,6 +418,11 @@ class Agents:
         if arena.holds:
             session.closing.add(arena)
         log.debug("arena closed", domain=arena.domain.name, name=arena.name)
+
+    def _sealed(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
+        if len(session.sealed) >= ARENAS_PER_AGENT_MAX:
+            raise wire.ProtocolError("SEALED of more arenas than there may be")
+        session.sealed.add(message.arena)
 
     def _stalled(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         seen = wire.unpack(wire.STALLS, message)

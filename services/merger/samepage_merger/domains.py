@@ -66,6 +66,7 @@ class Session:
         reading: whoever uses the window holds it.
         overdue: orders that were not answered in time, and still are not.
         reconnected: an arena was announced again on it.
+        sealed: numbers of arenas that can only be read.
     """
 
     peer: Peer
@@ -74,6 +75,7 @@ class Session:
     reading: asyncio.Lock = field(default_factory=asyncio.Lock)
     overdue: int = 0
     reconnected: bool = False
+    sealed: set[int] = field(default_factory=set)
 
     def caught_up(self) -> None:
         """An order that was late has been answered."""
@@ -123,6 +125,11 @@ class Arena:
     def pages(self) -> int:
         """Size in pages."""
         return self.map.pages
+
+    @property
+    def sealed(self) -> bool:
+        """Whether it can only be read, as its agent said on this connection."""
+        return self.session is not None and self.number in self.session.sealed
 
 
 class Domain:

@@ -42,7 +42,7 @@ DIGEST_BYTES = 32
 EVICT_PAGES_MAX = 512
 CLONE = struct.Struct("<IIHHHH")
 CLONING = struct.Struct("<4Q")
-CLONED = struct.Struct("<5Q")
+CLONED = struct.Struct("<6Q")
 EVICTED = struct.Struct("<4Q")
 
 EXTENT = np.dtype([("page", "<u8"), ("count", "<u8"), ("slot", "<u8")])
@@ -87,6 +87,7 @@ class Type(enum.IntEnum):
     FETCH = 40
     EVICT_ARENA = 41
     EVICTED = 42
+    SEALED = 43
 
 
 #: Messages that older versions of the protocol lack.
@@ -105,6 +106,7 @@ SINCE = {
     Type.FETCH: 3,
     Type.EVICT_ARENA: 3,
     Type.EVICTED: 3,
+    Type.SEALED: 3,
 }
 
 

@@ -57,6 +57,16 @@ class TestClone:
         assert local + fetched == PAGES - ZEROS + ZEROS // 10
         await nothing_left(host, source, agent)
 
+    @pytest.mark.parametrize("lazy", [False, True])
+    async def test_the_copy_of_a_sealed_arena_is_sealed(
+        self, host: CloningHost, source: FakeSource, agent: CloningAgent, lazy: bool
+    ) -> None:
+        await agent.clone(wanted())
+        assert not agent.sealed
+        source.arenas["there"].sealed = True
+        arena = await agent.clone(wanted("there", "second", lazy=lazy))
+        assert agent.sealed == {arena.number}
+
     async def test_equal_pages_of_an_arena_are_fetched_once(
         self, host: CloningHost, source: FakeSource, agent: CloningAgent
     ) -> None:

@@ -27,7 +27,7 @@ from samepage.daemon.failpoints import failpoint
 from samepage.errors import InvalidArgumentError, SamepageError
 from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import are_zero
-from samepage_merger.cluster.handover import HandOvers, Hosts, Key
+from samepage_merger.cluster.handover import HandOver, HandOvers, Hosts, Key
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
 from samepage_merger.cluster.landing import Chunk, Landing, Tools, check, distinct
@@ -157,6 +157,7 @@ class Clone:
         self._target: Arena | None = None
         self._landing: Landing | None = None
         self._lazy: list[Chunk] = []
+        self._sealed = False
         # Of the snapshot that is to be ended when this ends.
         self._note: Note | None = None
 
@@ -183,7 +184,7 @@ class Clone:
             peer.refuse(message, errno.EIO, "the merger failed: see its log")
             raise
         else:
-            payload = wire.CLONED.pack(*self._counts(), freeze_us)
+            payload = wire.CLONED.pack(*self._counts(), freeze_us, self._sealed)
             peer.send(wire.Type.CLONED, message.seq, message.arena, payload)
             failpoint("clone.told")
             if self._wanted.lazy and self._landing is not None:
@@ -213,7 +214,7 @@ class Clone:
         if known is None:
             raise RefusedError(errno.ENOENT, _UNKNOWN)
         self._pages = self._zero = arena.pages
-        return (await known.result()).freeze_us
+        return await self._result(known)
 
     def _checked_domain(self) -> Domain:
         wanted = self._wanted
@@ -244,6 +245,7 @@ class Clone:
                 async for stretch in gathered(stretches):
                     await self._take_in(arena, stretch, landing)
             failpoint("clone.away")
+            self._sealed = snapshot.sealed
             if self._wanted.lazy:
                 await snapshot.end(keep_holds=True)
                 for chunk in self._lazy:
@@ -280,11 +282,17 @@ class Clone:
             arena.domain.id.hex(),
             arena.number,
             arena.lock,
+            sealed=snapshot.sealed,
         )
         handover = self._handovers.begin(note, frozen_at)
         # From here on it is not this task's any more.
         self._note = None
-        return (await handover.result()).freeze_us
+        return await self._result(handover)
+
+    async def _result(self, handover: HandOver) -> int:
+        note = await handover.result()
+        self._sealed = note.sealed
+        return note.freeze_us
 
     async def _open_arena(self, pages: int) -> Arena:
         """Have the agent make the arena, with so many absent pages."""

@@ -30,6 +30,7 @@ class Note:
         leaving: the source is asked to leave, or has left: it may be no owner any more.
         left: it has.
         freeze_us: how long its writers had to wait, in microseconds.
+        sealed: the source could only be read.
     """
 
     host: str
@@ -41,6 +42,7 @@ class Note:
     leaving: bool = False
     left: bool = False
     freeze_us: int = 0
+    sealed: bool = False
 
 
 class Journal:

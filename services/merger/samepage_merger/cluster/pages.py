@@ -259,11 +259,15 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
 async def _responses(
     snapshot: Snapshot, stretches: AsyncIterator[Stretch]
 ) -> AsyncIterator[pages_pb2.SnapshotResponse]:
-    yield pages_pb2.SnapshotResponse(snapshot_id=snapshot.id, pages=snapshot.arena.pages)
+    arena = snapshot.arena
+    yield pages_pb2.SnapshotResponse(
+        snapshot_id=snapshot.id, pages=arena.pages, sealed=arena.sealed
+    )
     async for stretch in stretches:
         yield pages_pb2.SnapshotResponse(
             snapshot_id=snapshot.id,
-            pages=snapshot.arena.pages,
+            pages=arena.pages,
+            sealed=arena.sealed,
             first_page=stretch.first_page,
             digests=stretch.digests.tobytes(),
             fingerprints=stretch.fingerprints.tobytes(),

@@ -62,6 +62,7 @@ class Snapshot:
     Attributes:
         id: empty until the first answer.
         pages: of the arena.
+        sealed: whether the arena can only be read, by the last answer.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class Snapshot:
         self.host = host
         self.id = b""
         self.pages = 0
+        self.sealed = False
         self._stub = stub
         self._names = {"domain_id": domain_id, "arena": arena}
         self._owner = owner
@@ -169,6 +171,7 @@ class Snapshot:
     def _checked(self, response: pages_pb2.SnapshotResponse) -> Stretch:
         if not self.id:
             self.id, self.pages = response.snapshot_id, response.pages
+        self.sealed = response.sealed
         digests = np.frombuffer(response.digests, np.uint8)
         fingerprints = np.frombuffer(response.fingerprints, np.uint8)
         if digests.size % 32 or fingerprints.size * 2 != digests.size:

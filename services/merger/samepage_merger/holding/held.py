@@ -320,6 +320,8 @@ class HeldArenas:
             del self._sizes[key]
             raise
         self._arenas[key] = arena
+        if arena.sealed:
+            self._sealed.add(arena)
         self._sizes[key] = self._sizes[key] or arena.size
         return arena
 
