@@ -20,6 +20,8 @@ from samepage_merger.holding.servicer import STATUS
 class FakeArena:
     """An arena of plain bytes, whose calls wait until the node is told to go on."""
 
+    sealed = False
+
     def __init__(self, node: FakeNode, name: str, size: int, domain: str) -> None:
         self.name, self.domain, self.size = name, domain, size
         self._node = node
