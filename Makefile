@@ -11,6 +11,8 @@ export PYTHON
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
+# The tests wait more than they compute: more of them at once than there are processors.
+TEST_JOBS ?= $(shell echo $$(($$(nproc) + 1)))
 SOAK_SECONDS ?= 600
 CHAOS_SECONDS ?= 600
 CHAOS_SEED ?=
@@ -46,7 +48,7 @@ demo: $(STAMPS)/services native ## Two hosts on this machine share the memory of
 test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(STAMPS)/checkov \
     $(if $(GO),go-client $(STAMPS)/chart-tools) ## Run every test (PYTEST_ARGS="-k share" for some)
 	@echo "==> running the Python tests"
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMPS)/dev ## Check style (ruff)
