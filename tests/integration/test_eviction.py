@@ -293,14 +293,31 @@ class TestHolders:
         agent = await host.agent()
         arena = await agent.open("arena", data)
         await agent.evict(arena)
-        await let_go(holders["b"].domains, holders["b"].hosts, 10.0)
+        await let_go(holders["b"].domains, holders["b"].hosts)
         assert len(holders["b"].domain.holds) == 0
         assert host.spilled() == 300 == host.elsewhere.keeper.secured
-        await let_go(holders["c"].domains, holders["c"].hosts, 10.0)
+        await let_go(holders["c"].domains, holders["c"].hosts)
         assert len(holders["c"].domain.holds) == 0
         for name in "bc":
             await cluster.kill(name)
         agent.fetch(arena, 0, 300)
+        await came_back(arena, data)
+
+    async def test_an_owner_that_stops_releases_what_it_does_not_need(
+        self, cluster: EvictingCluster
+    ) -> None:
+        data = random_pages(300, 1)
+        holder = await cluster.with_copy("b", data)
+        await cluster.with_copy("c", data)
+        host = await cluster.add("a")
+        agent = await host.agent()
+        arena = await agent.open("arena", data)
+        await agent.evict(arena)
+        agent.fetch(arena, 0, 200)
+        await until(lambda: len(arena.away) == 100)
+        await host.elsewhere.keeper.retire()
+        assert len(holder.domain.holds) == 100
+        agent.fetch(arena, 200, 100)
         await came_back(arena, data)
 
     async def test_what_is_safe_nowhere_else_comes_home(self, tmp_path: Path) -> None:

@@ -78,7 +78,7 @@ class MergerService:
         self._clones: Clones | None = None
         self._handovers: HandOvers | None = None
         self._elsewhere: Elsewhere | None = None
-        self._let_go: Callable[[float], Awaitable[None]] | None = None
+        self._let_go: Callable[[], Awaitable[None]] | None = None
         self._collect: Callable[[], Iterable[Metric]] | None = None
         self._janitor: asyncio.Task[None] | None = None
         self._identity: Identity | None = None
@@ -185,11 +185,17 @@ class MergerService:
         assert self._collect is not None
         return self._collect()
 
+    async def retire(self, seconds: float) -> None:
+        """Release what others hold in vain for this host, and have the owners of what this one
+        holds let it go. They fetch it first, which takes a merger that serves."""
+        assert self._elsewhere is not None and self._let_go is not None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._elsewhere.keeper.retire()
+                await self._let_go()
+
     async def drain(self) -> None:
-        """Let go of what other hosts need no more, and end the streams of other mergers; other
-        calls in flight finish their steps."""
-        if self._let_go is not None:
-            await self._let_go(self._config.drain_seconds / 2)
+        """End the streams of other mergers; other calls in flight finish their steps."""
         if self._pages is not None:
             self._pages.drain()
 

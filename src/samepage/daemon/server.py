@@ -1,8 +1,8 @@
 """Runs a service: a grpc.aio server with the standard health service and a graceful stop.
 
-The first SIGINT or SIGTERM drains: health says NOT_SERVING, no new call is accepted, the service
-ends its streams, calls in flight get `drain_seconds`. The second signal exits at once, with code
-130 or 143.
+The first SIGINT or SIGTERM drains: health says NOT_SERVING, the service settles what it must with
+others, then no new call is accepted, the service ends its streams, and calls in flight get what is
+left of `drain_seconds`. The second signal exits at once, with code 130 or 143.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import contextlib
 import json
 import os
 import signal
+import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import grpc
 import structlog
@@ -185,6 +186,14 @@ class Service(Protocol):
         """Release everything; no call runs any more. Called also when `start` failed."""
 
 
+@runtime_checkable
+class Retiring(Protocol):
+    """A service that has something to settle with others before it stops."""
+
+    async def retire(self, seconds: float) -> None:
+        """Settle it within so long; every call is served as before meanwhile."""
+
+
 @dataclass
 class _Stop:
     """Set by the first signal."""
@@ -290,9 +299,13 @@ async def _drain(service: Service, server: grpc.aio.Server) -> None:
     service.health.drain()
     if service.ready_file is not None:
         service.ready_file.unlink(missing_ok=True)
-    stopping = asyncio.ensure_future(server.stop(service.drain_seconds))
+    deadline = time.monotonic() + service.drain_seconds
+    if isinstance(service, Retiring):
+        await service.retire(service.drain_seconds / 2)
+    left = max(0.0, deadline - time.monotonic())
+    stopping = asyncio.ensure_future(server.stop(left))
     with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(service.drain_seconds):
+        async with asyncio.timeout(left):
             await service.drain()
     await stopping
     log.info("stopped")

@@ -115,6 +115,11 @@ class Keeper:
         for domain in list(self._means.domains):
             await self._audit(domain, live)
 
+    async def retire(self) -> None:
+        """Release what is not needed, which the merger that comes next would not know of."""
+        await self.sweep()
+        await self.sweep()
+
     async def let_go(self, domain_id: bytes, holder: str, digests: Digests) -> Mask:
         """Return which digests a holder may let go of: those that are safe without it.
 

@@ -22,8 +22,8 @@ _PART_PAGES = 1024
 log = structlog.get_logger(__name__)
 
 
-async def let_go(domains: Domains, hosts: Hosts, seconds: float) -> None:
-    """Let go of what is held for other hosts, as far as they agree within so long."""
+async def let_go(domains: Domains, hosts: Hosts) -> None:
+    """Let go of what is held for other hosts, as far as they agree; may be cancelled."""
     leases = [
         (domain, lease)
         for domain in list(domains)
@@ -31,11 +31,10 @@ async def let_go(domains: Domains, hosts: Hosts, seconds: float) -> None:
         if lease.snapshot == HELD and len(lease.slots)
     ]
     try:
-        async with asyncio.timeout(seconds):
-            await asyncio.gather(*(_let_go(domain, lease, hosts) for domain, lease in leases))
-    except TimeoutError:
-        left = sum(len(lease.slots) for _, lease in leases)
-        log.warning("not all that is held for other hosts could be let go of", slots=left)
+        await asyncio.gather(*(_let_go(domain, lease, hosts) for domain, lease in leases))
+    finally:
+        if left := sum(len(lease.slots) for _, lease in leases):
+            log.warning("not all that is held for other hosts could be let go of", slots=left)
 
 
 async def _let_go(domain: Domain, lease: Lease, hosts: Hosts) -> None:
