@@ -126,6 +126,12 @@ class FakeMerger(merger_pb2_grpc.MergerServicer):
         """UNIMPLEMENTED: a scanner does not ask."""
         await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not in this merger")
 
+    async def ForgetHost(
+        self, request: merger_pb2.ForgetHostRequest, context: Context
+    ) -> merger_pb2.ForgetHostResponse:
+        """UNIMPLEMENTED: a scanner does not ask."""
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "not in this merger")
+
     async def GetMergerStatus(
         self, request: merger_pb2.GetMergerStatusRequest, context: Context
     ) -> merger_pb2.GetMergerStatusResponse:

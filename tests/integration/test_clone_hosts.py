@@ -218,6 +218,13 @@ class TestClone:
 
 
 class TestMigrate:
+    def test_a_host_that_is_in_the_cluster_is_not_forgotten(self, hosts: Hosts) -> None:
+        done = samepage("forget-host", "host-2", "--dir", hosts.up.directory)
+        assert done.returncode == 1
+        assert "host 'host-2' is in the cluster" in done.stderr
+        done = samepage("forget-host", "host-9", "--json", "--dir", hosts.up.directory)
+        assert json.loads(done.stdout) == {"hosts": {"host-1": 0, "host-2": 0}}
+
     def test_no_write_of_a_busy_writer_is_lost(
         self, hosts: Hosts, two: client.Node, tmp_path: Path
     ) -> None:

@@ -166,6 +166,7 @@ class MergerService:
             headroom,
             policies,
             self._elsewhere,
+            self._handovers,
         )
         hosts, pages, elsewhere = self._hosts, self._pages, self._elsewhere
         self._collect = lambda: (

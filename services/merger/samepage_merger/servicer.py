@@ -21,6 +21,8 @@ from samepage_merger.agents import Agents
 from samepage_merger.cluster.elsewhere import Elsewhere
 from samepage_merger.cluster.eviction import OUTCOME_NAMES as OUTCOMES_OF_EVICTION
 from samepage_merger.cluster.eviction import Counts
+from samepage_merger.cluster.handover import HandOvers
+from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.config import Config
 from samepage_merger.domains import Domains, RefusedError
 from samepage_merger.headroom import Headroom
@@ -45,6 +47,7 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         headroom: Headroom,
         policies: Policies[Config],
         elsewhere: Elsewhere,
+        handovers: HandOvers,
     ) -> None:
         self._node = node
         self._domains = domains
@@ -55,6 +58,7 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         self._headroom = headroom
         self._policies = policies
         self._elsewhere = elsewhere
+        self._handovers = handovers
 
     async def Merge(
         self, request: merger_pb2.MergeRequest, context: Context
@@ -121,6 +125,18 @@ class MergerServicer(merger_pb2_grpc.MergerServicer):
         except TimeoutError as error:
             await context.abort(grpc.StatusCode.DEADLINE_EXCEEDED, str(error))
         return merger_pb2.UnshareResponse(restored=restored)
+
+    async def ForgetHost(
+        self, request: merger_pb2.ForgetHostRequest, context: Context
+    ) -> merger_pb2.ForgetHostResponse:
+        """Wait no longer for another host's answers."""
+        try:
+            arenas = await self._handovers.forget_host(request.host)
+        except InvalidArgumentError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except HostAwayError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        return merger_pb2.ForgetHostResponse(arenas=arenas)
 
     async def GetMergerStatus(
         self, request: merger_pb2.GetMergerStatusRequest, context: Context

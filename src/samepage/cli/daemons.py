@@ -264,6 +264,20 @@ def overlap(host: Host, domain: str = "", arena: str = "") -> Overlap:
     return Overlap(answer.distinct_pages, {other.host: other.pages for other in answer.hosts})
 
 
+def forget_host(host: Host, gone: str) -> int:
+    """Tell a merger that another host is gone; return how many arenas are its host's for that.
+
+    Raises:
+        SamepageError: the other host is in the cluster.
+        NotRunningError, ServiceUnavailableError: the merger, or the index, does not answer.
+    """
+    with rpc.channel(rpc.socket_address(host.directory, rpc.MERGER_SOCKET)) as channel:
+        answer = merger_pb2_grpc.MergerStub(channel).ForgetHost(
+            merger_pb2.ForgetHostRequest(host=gone), timeout=_ESTIMATE_SECONDS
+        )
+    return answer.arenas
+
+
 def index_stats(address: str) -> IndexStats:
     """Ask the index.
 

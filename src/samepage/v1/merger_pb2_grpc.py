@@ -64,6 +64,11 @@ class MergerStub:
                 request_serializer=samepage_dot_v1_dot_merger__pb2.UnshareRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_merger__pb2.UnshareResponse.FromString,
                 _registered_method=True)
+        self.ForgetHost = channel.unary_unary(
+                '/samepage.v1.Merger/ForgetHost',
+                request_serializer=samepage_dot_v1_dot_merger__pb2.ForgetHostRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_merger__pb2.ForgetHostResponse.FromString,
+                _registered_method=True)
         self.GetMergerStatus = channel.unary_unary(
                 '/samepage.v1.Merger/GetMergerStatus',
                 request_serializer=samepage_dot_v1_dot_merger__pb2.GetMergerStatusRequest.SerializeToString,
@@ -133,6 +138,16 @@ class MergerServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ForgetHost(self, request, context):
+        """An operator's word that another host is gone for good, with all processes that ran there: what
+        it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
+        said of a host that lives, it makes two owners of an arena. Returns when that is done.
+        Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetMergerStatus(self, request, context):
         """Missing associated documentation comment in .proto file."""
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -186,6 +201,11 @@ def add_MergerServicer_to_server(servicer, server):
                     servicer.Unshare,
                     request_deserializer=samepage_dot_v1_dot_merger__pb2.UnshareRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_merger__pb2.UnshareResponse.SerializeToString,
+            ),
+            'ForgetHost': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForgetHost,
+                    request_deserializer=samepage_dot_v1_dot_merger__pb2.ForgetHostRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_merger__pb2.ForgetHostResponse.SerializeToString,
             ),
             'GetMergerStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetMergerStatus,
@@ -365,6 +385,33 @@ class Merger:
             '/samepage.v1.Merger/Unshare',
             samepage_dot_v1_dot_merger__pb2.UnshareRequest.SerializeToString,
             samepage_dot_v1_dot_merger__pb2.UnshareResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForgetHost(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Merger/ForgetHost',
+            samepage_dot_v1_dot_merger__pb2.ForgetHostRequest.SerializeToString,
+            samepage_dot_v1_dot_merger__pb2.ForgetHostResponse.FromString,
             options,
             channel_credentials,
             insecure,

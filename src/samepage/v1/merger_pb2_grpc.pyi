@@ -53,6 +53,12 @@ class MergerStub:
     """The same for all pages of one arena, by name, hot or cold. Errors: as Evict, and NOT_FOUND."""
     Unshare: _grpc.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
+    ForgetHost: _grpc.UnaryUnaryMultiCallable[_merger_pb2.ForgetHostRequest, _merger_pb2.ForgetHostResponse]
+    """An operator's word that another host is gone for good, with all processes that ran there: what
+    it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
+    said of a host that lives, it makes two owners of an arena. Returns when that is done.
+    Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+    """
     GetMergerStatus: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerPolicyRequest, _merger_pb2.GetMergerPolicyResponse]
     """What may change while the merger runs, as it is now; every field is present."""
@@ -86,6 +92,12 @@ class MergerAsyncStub(MergerStub):
     """The same for all pages of one arena, by name, hot or cold. Errors: as Evict, and NOT_FOUND."""
     Unshare: _aio.UnaryUnaryMultiCallable[_merger_pb2.UnshareRequest, _merger_pb2.UnshareResponse]  # type: ignore[assignment]
     """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
+    ForgetHost: _aio.UnaryUnaryMultiCallable[_merger_pb2.ForgetHostRequest, _merger_pb2.ForgetHostResponse]  # type: ignore[assignment]
+    """An operator's word that another host is gone for good, with all processes that ran there: what
+    it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
+    said of a host that lives, it makes two owners of an arena. Returns when that is done.
+    Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+    """
     GetMergerStatus: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]  # type: ignore[assignment]
     GetPolicy: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerPolicyRequest, _merger_pb2.GetMergerPolicyResponse]  # type: ignore[assignment]
     """What may change while the merger runs, as it is now; every field is present."""
@@ -152,6 +164,18 @@ class MergerServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_merger_pb2.UnshareResponse, _abc.Awaitable[_merger_pb2.UnshareResponse]]:
         """Every page of the arena private again. Errors: NOT_FOUND, DEADLINE_EXCEEDED."""
+
+    @_abc_1.abstractmethod
+    def ForgetHost(
+        self,
+        request: _merger_pb2.ForgetHostRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_merger_pb2.ForgetHostResponse, _abc.Awaitable[_merger_pb2.ForgetHostResponse]]:
+        """An operator's word that another host is gone for good, with all processes that ran there: what
+        it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
+        said of a host that lives, it makes two owners of an arena. Returns when that is done.
+        Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+        """
 
     @_abc_1.abstractmethod
     def GetMergerStatus(

@@ -12,11 +12,20 @@ import pytest
 from fakes.cloning_agent import CloningAgent
 from fakes.fake_merging_agent import RefusedError
 from fakes.fake_source import FakeSource
-from helpers.cloning import PAGES, CloningHost, cloning_host, nothing_left, pages, wanted
+from helpers.cloning import (
+    PAGES,
+    SOURCE,
+    CloningHost,
+    cloning_host,
+    nothing_left,
+    pages,
+    wanted,
+)
 from helpers.merger_host import store_directory
 from helpers.waiting import until
 
 from samepage.daemon import wire
+from samepage.errors import InvalidArgumentError
 
 MIGRATE = wanted(migrate=True, max_freeze_ms=20_000)
 #: With a freeze that is soon over, and how long until it is.
@@ -113,23 +122,63 @@ class TestMigrate:
         assert not source.arenas["there"].left
         await nothing_left(host, source, agent)
 
-    async def test_source_that_is_gone_has_left(
+    async def test_source_that_is_cut_off_from_everybody_stays_the_owner(
         self,
         host: CloningHost,
         source: FakeSource,
         agent: CloningAgent,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr("samepage_merger.cluster.handover._GONE_SECONDS", 0.5)
+        """It never heard that it should leave, and its application goes on."""
+        there = source.arenas["there"]
+        asked = await self._cut_off(host, source, monkeypatch)
+        cloning = asyncio.ensure_future(agent.clone(SHORT))
+        await asked.wait()
+        await asyncio.sleep(SHORT_SECONDS)
+        there.write(7, b"\2" * wire.PAGE_SIZE)
+        assert not cloning.done()
+        source.before = None
+        host.hosts.gone = False
+        with pytest.raises(RefusedError) as refused:
+            await cloning
+        assert refused.value.args[0] == errno.ETIMEDOUT
+        assert not there.left
+        await nothing_left(host, source, agent)
 
-        async def die(call: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
-            if call == "Leave":
-                host.hosts.gone = True
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the machine is gone")
-
-        source.before = die
-        arena = await agent.clone(MIGRATE)
+    async def test_source_that_is_gone_has_left_when_an_operator_says_so(
+        self,
+        host: CloningHost,
+        source: FakeSource,
+        agent: CloningAgent,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        asked = await self._cut_off(host, source, monkeypatch)
+        cloning = asyncio.ensure_future(agent.clone(MIGRATE))
+        await asked.wait()
+        host.hosts.gone = False
+        with pytest.raises(InvalidArgumentError, match="is in the cluster"):
+            await host.handovers.forget_host(SOURCE)
+        host.hosts.gone = True
+        assert await host.handovers.forget_host("another") == 0
+        assert await host.handovers.forget_host(SOURCE) == 1
+        arena = await cloning
         assert arena.view() == source.arenas["there"].data.tobytes()
+
+    async def _cut_off(
+        self, host: CloningHost, source: FakeSource, monkeypatch: pytest.MonkeyPatch
+    ) -> asyncio.Event:
+        """Nothing reaches the source from when it should leave; the event says that it should."""
+        monkeypatch.setattr("samepage_merger.cluster.handover._GONE_SECONDS", 0.0)
+        asked = asyncio.Event()
+
+        async def cut(call: str, context: grpc.aio.ServicerContext[Any, Any]) -> None:
+            if call in ("Leave", "EndSnapshot"):
+                host.hosts.gone = True
+                asked.set()
+                await context.abort(grpc.StatusCode.UNAVAILABLE, "no route to host")
+
+        source.before = cut
+        return asked
 
     async def test_source_that_only_the_index_lost_is_asked_still(
         self,

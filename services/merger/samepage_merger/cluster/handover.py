@@ -1,7 +1,11 @@
 """Asks other hosts to let go, until it is known that they have: hand-overs, and snapshots' ends.
 
-What is to be asked is in a note (journal.py), so it survives this merger. A host that has no lease
-in the index for a while, and does not answer, is gone, and its memory with it.
+What is to be asked is in a note (journal.py), so it survives this merger. Whose an arena is that
+the source was asked to leave, only its host can say: from here, one that is cut off from everybody
+looks like one that is gone, but its application goes on. So that is asked until it answers, or an
+operator says that it is gone (docs/decisions/0007-who-owns-a-migrated-arena.md). A snapshot's end
+is only a courtesy: a host that has no lease in the index for a while, and does not answer, needs
+none.
 """
 
 from __future__ import annotations
@@ -16,7 +20,7 @@ from typing import Any, Protocol
 import structlog
 
 from samepage.daemon.failpoints import failpoint
-from samepage.errors import SamepageError
+from samepage.errors import InvalidArgumentError, SamepageError
 from samepage.v1 import pages_pb2_grpc
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
@@ -63,6 +67,20 @@ class HandOver:
         self.note = note
         self._known = known
 
+    @property
+    def host(self) -> str:
+        """The source."""
+        return self.note.host
+
+    @property
+    def known(self) -> bool:
+        """Whether it is known what became of it."""
+        return self._known.done()
+
+    async def settled(self) -> None:
+        """Wait until it is."""
+        await asyncio.shield(self._known)
+
     async def result(self) -> Note:
         """Return what became of it, as soon as it is known.
 
@@ -89,6 +107,8 @@ class HandOvers:
         self._journal = journal
         self._domains = domains
         self._by_key: dict[Key, HandOver] = {}
+        # Hosts that did not answer since an operator said that they are gone.
+        self._gone: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -126,6 +146,24 @@ class HandOvers:
         """Let a source forget a snapshot, in the background; its note goes when it has."""
         self._spawn(self._end(note))
 
+    async def forget_host(self, name: str) -> int:
+        """A host is gone for good, and all processes that ran there; return how many arenas are
+        this host's for that.
+
+        Raises:
+            InvalidArgumentError: it has a lease in the index.
+            HostAwayError: the index is away.
+        """
+        if name in await self._hosts.live():
+            raise InvalidArgumentError(
+                f"host {name!r} is in the cluster: end its merger and scanner"
+            )
+        waiting = [each for each in self._by_key.values() if not each.known and each.host == name]
+        if waiting:
+            self._gone.add(name)
+            await asyncio.wait([asyncio.ensure_future(each.settled()) for each in waiting])
+        return len(waiting)
+
     def forget(self, key: Key) -> None:
         """The agent has closed the arena."""
         handover = self._by_key.pop(key, None)
@@ -144,16 +182,16 @@ class HandOvers:
 
     async def _ask(self, handover: HandOver, known: asyncio.Future[Note], frozen_at: float) -> None:
         note = handover.note
-        left = await self._until_answered(note, _left)
+        left = await self._until_answered(note, _left, needed=True)
         if left is None:
-            log.warning("a host is gone: its arena is this host's now", host=note.host)
+            log.warning("an operator said that a host is gone: its arena is here", host=note.host)
         took = round((time.monotonic() - frozen_at) * 1e6)
         note = replace(note, left=left is not False, freeze_us=took)
         handover.note = note
         if note.left:
             self._journal.write(note)
         else:
-            del self._by_key[bytes.fromhex(note.agent), note.number]
+            self._by_key.pop((bytes.fromhex(note.agent), note.number), None)
         known.set_result(note)
         await self._until_answered(note, _ended)
         if not note.left:
@@ -164,11 +202,20 @@ class HandOvers:
         self._journal.forget(note)
 
     async def _until_answered(
-        self, note: Note, call: Callable[[Snapshot], Coroutine[Any, Any, bool]]
+        self,
+        note: Note,
+        call: Callable[[Snapshot], Coroutine[Any, Any, bool]],
+        *,
+        needed: bool = False,
     ) -> bool | None:
-        """Return what the other host answers, however long it takes; None when it is gone."""
+        """Return what the other host answers, however long it takes; None when it is gone.
+
+        Args:
+            needed: nobody but an operator may say that it is gone.
+        """
         pause = _PAUSE_SECONDS
         gone_since: float | None = None
+        told = False
         while True:
             live = True
             try:
@@ -176,13 +223,23 @@ class HandOvers:
                 # One without a lease may be well, and only out of the index's sight.
                 for host in self._hosts.known([note.host]):
                     known = Snapshot.known(host.stub, note.host, bytes.fromhex(note.snapshot))
-                    return await call(known)
+                    answer = await call(known)
+                    self._gone.discard(note.host)
+                    return answer
             except (RefusedError, HostAwayError, SamepageError) as error:
                 log.info("a host does not answer yet", host=note.host, why=str(error))
             now = time.monotonic()
             gone_since = None if live else gone_since or now
-            if gone_since is not None and now - gone_since >= _GONE_SECONDS:
+            silent = gone_since is not None and now - gone_since >= _GONE_SECONDS
+            if note.host in self._gone or (silent and not needed):
                 return None
+            if silent and not told:
+                told = True
+                log.error(
+                    "only a host that is away knows whether it left its arena, which waits for it:"
+                    " bring it back, or say that it is gone (`samepage forget-host`)",
+                    host=note.host,
+                )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)
 
