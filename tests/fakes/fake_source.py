@@ -139,6 +139,10 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
             self.kept |= snapshot.held
         return pb.EndSnapshotResponse()
 
+    async def Taken(self, request: pb.TakenRequest, context: Context) -> pb.TakenResponse:
+        """It offers nothing, as an older one."""
+        return pb.TakenResponse()
+
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         """Whether the arena is left."""
         await self._asked("Leave", context)

@@ -82,9 +82,7 @@ class PagesHost(MergerHost):
             self.domains, self.orders, self.promoter, self.local, self.fetcher
         )
         self.servicer = PagesServicer(self.domains, self.local, self.snapshots)
-        self.server, self.address = await serve(
-            lambda server: pages_pb2_grpc.add_PagesServicer_to_server(self.servicer, server)
-        )
+        self.server, self.address = await serve(self.servicer.register)
         self._channel = grpc.aio.insecure_channel(self.address)
         self.pages = pages_pb2_grpc.PagesStub(self._channel)
 

@@ -26,6 +26,7 @@ from helpers.waiting import until
 from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.v1 import pages_pb2
+from samepage_merger.cluster.offers import OFFER_PAGES
 
 PAGES = 1300
 LEASE_MS = 60_000
@@ -474,3 +475,115 @@ async def test_away_pages_are_brought_back_for_a_snapshot(
     host.hosts._asked_at = float("-inf")
     await refused(another.snapshot(), grpc.StatusCode.FAILED_PRECONDITION)
     await another.end()
+
+
+class TestOffers:
+    """Snapshots whose owner takes each page at once."""
+
+    @pytest.fixture
+    def request_(self) -> pages_pb2.SnapshotRequest:
+        return pages_pb2.SnapshotRequest(
+            domain_id=DOMAIN_ID, arena="arena", owner="b", lease_ms=LEASE_MS, offer=True
+        )
+
+    async def fetched(self, host: PagesHost, digests: bytes) -> pages_pb2.FetchResponse:
+        stream = host.pages.Fetch()
+        await stream.write(pages_pb2.FetchRequest(domain_id=DOMAIN_ID, digests=digests))
+        response = await stream.read()
+        stream.cancel()
+        assert isinstance(response, pages_pb2.FetchResponse)
+        return response
+
+    async def test_pages_are_offered_until_they_are_taken(
+        self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
+    ) -> None:
+        data = random_pages(4 * OFFER_PAGES + 100, 1)
+        data[50:70] = 0
+        arena = await agent.open("arena", data)
+        arena.absent[60:70] = True
+        # Whether a page is shared makes no difference.
+        twin = await agent.open("twin", data[:40])
+        await host.merge([arena, twin], [(0, 1, 10, 10, 20)])
+        assert arena.slots.any()
+        resident = host.domain.store.resident_bytes()
+        call = host.pages.Snapshot(request_)
+        told, waiting = 0, list[pages_pb2.SnapshotResponse]()
+        async for response in call:
+            digests = np.frombuffer(response.digests, np.uint8).reshape(-1, 32)
+            if not len(digests):
+                assert not response.offered or waiting
+                continue
+            assert response.offered and response.first_page == told
+            here = data[told : told + len(digests)]
+            assert digests.tolist() == digests_of(here).tolist()
+            told += len(digests)
+            waiting.append(response)
+            if len(waiting) < 3 and told < len(data):
+                continue
+            for each in waiting:
+                await self.taken(host, each)
+            waiting.clear()
+        assert told == len(data)
+        assert host.domain.store.resident_bytes() == resident
+        await self.until_gone(host, response.digests)
+
+    async def next(self, call: Any) -> pages_pb2.SnapshotResponse:
+        """The next response."""
+        response = await call.read()
+        assert isinstance(response, pages_pb2.SnapshotResponse)
+        return response
+
+    async def taken(self, host: PagesHost, response: pages_pb2.SnapshotResponse) -> None:
+        """Fetch a part of a stretch in another order, then let it go."""
+        wanted = np.frombuffer(response.digests, np.uint8).reshape(-1, 32)
+        wanted = wanted[wanted.any(axis=1)][:90]
+        for part in (wanted, wanted[::-1], wanted[1::7]):
+            answer = await self.fetched(host, part.tobytes())
+            assert answer.found == bytes([1]) * len(part)
+            pages = np.frombuffer(answer.pages, np.uint8).reshape(-1, PAGE_SIZE)
+            assert digests_of(pages).tolist() == part.tolist()
+        for _ in range(2):
+            await host.pages.Taken(
+                pages_pb2.TakenRequest(
+                    snapshot_id=response.snapshot_id, first_page=response.first_page
+                )
+            )
+
+    async def until_gone(self, host: PagesHost, digests: bytes) -> None:
+        """Wait until a page is not offered any more."""
+        while (await self.fetched(host, digests[:32])).found != b"\0":
+            await asyncio.sleep(0)
+
+    async def test_no_more_than_a_few_stretches_are_offered_at_a_time(
+        self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
+    ) -> None:
+        await agent.open("arena", random_pages(5 * OFFER_PAGES, 1))
+        call = host.pages.Snapshot(request_)
+        stretches = [await self.next(call) for _ in range(4)][1:]
+        snapshot_id = stretches[0].snapshot_id
+        fourth = asyncio.ensure_future(self.next(call))
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.shield(fourth), 0.5)
+        await host.pages.Taken(pages_pb2.TakenRequest(snapshot_id=snapshot_id))
+        assert (await fourth).first_page == 3 * OFFER_PAGES
+        call.cancel()
+        for stretch in stretches:
+            await self.until_gone(host, stretch.digests)
+
+    async def test_later_bytes_are_not_sent_for_a_digest(
+        self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
+    ) -> None:
+        data = random_pages(10, 1)
+        arena = await agent.open("arena", data.copy())
+        call = host.pages.Snapshot(request_)
+        stretch = [await self.next(call) for _ in range(2)][1]
+        arena.data[3] ^= 5
+        answer = await self.fetched(host, stretch.digests)
+        assert answer.pages == data.tobytes()
+        assert not arena.slots.any()
+        await host.pages.Taken(pages_pb2.TakenRequest(snapshot_id=stretch.snapshot_id))
+        assert await call.read() == grpc.aio.EOF
+
+    async def test_taking_what_is_not_there(self, host: PagesHost) -> None:
+        request = pages_pb2.TakenRequest(snapshot_id=bytes(16))
+        await refused(host.pages.Taken(request), grpc.StatusCode.NOT_FOUND)

@@ -23,7 +23,7 @@ from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
 from samepage.daemon.server import Health
 from samepage.daemon.tls import Tls
-from samepage.v1 import merger_pb2, merger_pb2_grpc, pages_pb2, pages_pb2_grpc
+from samepage.v1 import merger_pb2, merger_pb2_grpc, pages_pb2
 from samepage_merger import metrics
 from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
@@ -99,7 +99,7 @@ class MergerService:
     def register(self, server: grpc.aio.Server) -> None:
         """Add the servicers; `start` comes first."""
         assert self._servicer is not None and self._pages is not None
-        pages_pb2_grpc.add_PagesServicer_to_server(self._pages, server)
+        self._pages.register(server)
         merger_pb2_grpc.add_MergerServicer_to_server(self._servicer, server)
 
     async def start(self) -> None:

@@ -80,6 +80,7 @@ class SnapshotRequest(_message.Message):
     SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    OFFER_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.bytes
     """The first call: 16 bytes, and the arena's name."""
     arena: _builtins.str
@@ -89,6 +90,11 @@ class SnapshotRequest(_message.Message):
     """The host that asks, by its name in the index."""
     lease_ms: _builtins.int
     """How long the holds last unless renewed, milliseconds."""
+    offer: _builtins.bool
+    """The first call: the owner fetches every page as soon as it is told of it. Nothing of the arena
+    is frozen, and nothing is held: each stretch is kept in memory until it is Taken, and there is
+    no more than a few at a time. A merger that does not know this holds everything.
+    """
     def __init__(
         self,
         *,
@@ -97,10 +103,11 @@ class SnapshotRequest(_message.Message):
         snapshot_id: _builtins.bytes = ...,
         owner: _builtins.str = ...,
         lease_ms: _builtins.int = ...,
+        offer: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain_id", b"domain_id", "lease_ms", b"lease_ms", "owner", b"owner", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain_id", b"domain_id", "lease_ms", b"lease_ms", "offer", b"offer", "owner", b"owner", "snapshot_id", b"snapshot_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -118,6 +125,7 @@ class SnapshotResponse(_message.Message):
     DIGESTS_FIELD_NUMBER: _builtins.int
     FINGERPRINTS_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
+    OFFERED_FIELD_NUMBER: _builtins.int
     snapshot_id: _builtins.bytes
     """16 bytes; drawn by the source."""
     pages: _builtins.int
@@ -129,6 +137,10 @@ class SnapshotResponse(_message.Message):
     """As many."""
     sealed: _builtins.bool
     """The arena can only be read."""
+    offered: _builtins.bool
+    """The stretch is offered: it is kept until it is Taken. Responses that tell of none say that the
+    snapshot is still there, while it waits for that.
+    """
     def __init__(
         self,
         *,
@@ -138,14 +150,53 @@ class SnapshotResponse(_message.Message):
         digests: _builtins.bytes = ...,
         fingerprints: _builtins.bytes = ...,
         sealed: _builtins.bool = ...,
+        offered: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "offered", b"offered", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotResponse: _TypeAlias = SnapshotResponse  # noqa: Y015
+
+@_typing.final
+class TakenRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    FIRST_PAGE_FIELD_NUMBER: _builtins.int
+    snapshot_id: _builtins.bytes
+    first_page: _builtins.int
+    """Of the stretch."""
+    def __init__(
+        self,
+        *,
+        snapshot_id: _builtins.bytes = ...,
+        first_page: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_page", b"first_page", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakenRequest: _TypeAlias = TakenRequest  # noqa: Y015
+
+@_typing.final
+class TakenResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TakenResponse: _TypeAlias = TakenResponse  # noqa: Y015
 
 @_typing.final
 class EndSnapshotRequest(_message.Message):

@@ -50,6 +50,11 @@ class PagesStub:
                 request_serializer=samepage_dot_v1_dot_pages__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_pages__pb2.SnapshotResponse.FromString,
                 _registered_method=True)
+        self.Taken = channel.unary_unary(
+                '/samepage.v1.Pages/Taken',
+                request_serializer=samepage_dot_v1_dot_pages__pb2.TakenRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_pages__pb2.TakenResponse.FromString,
+                _registered_method=True)
         self.EndSnapshot = channel.unary_unary(
                 '/samepage.v1.Pages/EndSnapshot',
                 request_serializer=samepage_dot_v1_dot_pages__pb2.EndSnapshotRequest.SerializeToString,
@@ -113,6 +118,14 @@ class PagesServicer:
         Errors: NOT_FOUND (no such arena, or no such snapshot any more), INVALID_ARGUMENT,
         RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
         FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Taken(self, request, context):
+        """Pages that a snapshot offered are not needed any more: there is room to offer others. Those that
+        are not offered are no error. Errors: NOT_FOUND (no such snapshot any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -191,6 +204,11 @@ def add_PagesServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=samepage_dot_v1_dot_pages__pb2.SnapshotRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_pages__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'Taken': grpc.unary_unary_rpc_method_handler(
+                    servicer.Taken,
+                    request_deserializer=samepage_dot_v1_dot_pages__pb2.TakenRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_pages__pb2.TakenResponse.SerializeToString,
             ),
             'EndSnapshot': grpc.unary_unary_rpc_method_handler(
                     servicer.EndSnapshot,
@@ -288,6 +306,33 @@ class Pages:
             '/samepage.v1.Pages/Snapshot',
             samepage_dot_v1_dot_pages__pb2.SnapshotRequest.SerializeToString,
             samepage_dot_v1_dot_pages__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Taken(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Pages/Taken',
+            samepage_dot_v1_dot_pages__pb2.TakenRequest.SerializeToString,
+            samepage_dot_v1_dot_pages__pb2.TakenResponse.FromString,
             options,
             channel_credentials,
             insecure,

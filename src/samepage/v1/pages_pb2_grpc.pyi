@@ -55,6 +55,10 @@ class PagesStub:
     RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
     FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
     """
+    Taken: _grpc.UnaryUnaryMultiCallable[_pages_pb2.TakenRequest, _pages_pb2.TakenResponse]
+    """Pages that a snapshot offered are not needed any more: there is room to offer others. Those that
+    are not offered are no error. Errors: NOT_FOUND (no such snapshot any more).
+    """
     EndSnapshot: _grpc.UnaryUnaryMultiCallable[_pages_pb2.EndSnapshotRequest, _pages_pb2.EndSnapshotResponse]
     """End a snapshot: nothing of it is held for the caller any more, but what Hold granted. A
     snapshot that is not known is no error.
@@ -112,6 +116,10 @@ class PagesAsyncStub(PagesStub):
     Errors: NOT_FOUND (no such arena, or no such snapshot any more), INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
     FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
+    """
+    Taken: _aio.UnaryUnaryMultiCallable[_pages_pb2.TakenRequest, _pages_pb2.TakenResponse]  # type: ignore[assignment]
+    """Pages that a snapshot offered are not needed any more: there is room to offer others. Those that
+    are not offered are no error. Errors: NOT_FOUND (no such snapshot any more).
     """
     EndSnapshot: _aio.UnaryUnaryMultiCallable[_pages_pb2.EndSnapshotRequest, _pages_pb2.EndSnapshotResponse]  # type: ignore[assignment]
     """End a snapshot: nothing of it is held for the caller any more, but what Hold granted. A
@@ -179,6 +187,16 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND (no such arena, or no such snapshot any more), INVALID_ARGUMENT,
         RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
         FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
+        """
+
+    @_abc_1.abstractmethod
+    def Taken(
+        self,
+        request: _pages_pb2.TakenRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pages_pb2.TakenResponse, _abc.Awaitable[_pages_pb2.TakenResponse]]:
+        """Pages that a snapshot offered are not needed any more: there is room to offer others. Those that
+        are not offered are no error. Errors: NOT_FOUND (no such snapshot any more).
         """
 
     @_abc_1.abstractmethod

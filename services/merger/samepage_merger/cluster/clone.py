@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -234,16 +235,17 @@ class Clone:
         telling = asyncio.ensure_future(self._tell_forever())
         renewing = asyncio.ensure_future(self._renew_forever(snapshot))
         try:
-            async with contextlib.aclosing(snapshot.round()) as stretches:
+            offer = not (self._wanted.lazy or self._wanted.migrate)
+            async with contextlib.aclosing(snapshot.round(offer=offer)) as stretches:
                 first = await anext(stretches)
                 self._note = Note(snapshot.host, snapshot.id.hex())
                 self._services.journal.write(self._note)
                 failpoint("clone.snapshot")
                 arena = await self._open_arena(snapshot.pages)
                 landing = self._landing = Landing(self._services.tools, arena, snapshot.host)
-                await self._take_in(arena, first, landing)
+                await self._take_in(arena, snapshot, first, landing)
                 async for stretch in gathered(stretches):
-                    await self._take_in(arena, stretch, landing)
+                    await self._take_in(arena, snapshot, stretch, landing)
             failpoint("clone.away")
             self._sealed = snapshot.sealed
             if self._wanted.lazy:
@@ -310,8 +312,12 @@ class Clone:
         failpoint("clone.opened")
         return arena
 
-    async def _take_in(self, arena: Arena, stretch: Stretch, landing: Landing) -> None:
+    async def _take_in(
+        self, arena: Arena, snapshot: Snapshot, stretch: Stretch, landing: Landing
+    ) -> None:
         """Let the stretch's pages be away, and have them land."""
+        if not len(stretch.digests):
+            return
         chunk = Chunk(stretch.pages, stretch.digests, stretch.fingerprints)
         zero = are_zero(chunk.digests)
         self._zero += int(np.count_nonzero(zero))
@@ -319,6 +325,8 @@ class Clone:
         check(await self._services.tools.orders.away(arena, chunk.pages, chunk.digests))
         if self._wanted.lazy:
             self._lazy.append(chunk)
+        elif stretch.offered:
+            await landing.take(chunk, functools.partial(snapshot.taken, stretch.first))
         else:
             await landing.take(chunk)
 

@@ -99,7 +99,7 @@ class Fetcher:
                 response = await host.fetch(request, _PAGE_SECONDS)
             except HostAwayError:
                 continue
-            page = response.pages
+            page = bytes(response.pages)
             if not page:
                 continue
             if domain.digester.page(page) == digest:
@@ -295,7 +295,6 @@ class _Fetch:
         self._work_seconds = min(seconds, self._work_seconds)
         found = np.frombuffer(response.found, np.bool_)
         sent = numbers[found]
-        # Every look at the field copies it.
         pages = response.pages
         digests = await self._domain.digester.pages_apart(pages)
         good = equal(digests, self._digests[sent])
@@ -309,7 +308,7 @@ class _Fetch:
         self._notify()
         return bool(good.all())
 
-    async def _hand_over(self, sent: Indices, good: Mask, pages: bytes) -> None:
+    async def _hand_over(self, sent: Indices, good: Mask, pages: memoryview) -> None:
         """Hand the pages to whoever wants them, unless another holder was faster."""
         new = good & self._wanted[sent]
         self._wanted[sent[new]] = False

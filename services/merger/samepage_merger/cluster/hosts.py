@@ -21,12 +21,13 @@ from samepage.daemon.tls import Channels, Tls
 from samepage.v1 import index_pb2, index_pb2_grpc, pages_pb2, pages_pb2_grpc
 from samepage_merger.cluster.away import Mask
 from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.fetched import METHOD, Fetched, parse
 
 LOOKUP_MAX = 1 << 16
 
 _INDEX_SECONDS = 5.0
 _TABLE_SECONDS = 2.0
-_STREAMS_KEPT = 4
+_STREAMS_KEPT = 16
 _AVOID_SECONDS = 300.0
 _REST_SECONDS = 0.5
 _REST_MAX_SECONDS = 10.0
@@ -38,7 +39,7 @@ _OPTIONS = (
     ("grpc.keepalive_timeout_ms", 5_000),
 )
 
-Stream = grpc.aio.StreamStreamCall[pages_pb2.FetchRequest, pages_pb2.FetchResponse]
+Stream = grpc.aio.StreamStreamCall[pages_pb2.FetchRequest, Fetched]
 
 log = structlog.get_logger(__name__)
 
@@ -75,9 +76,7 @@ class Host:
         """For every call but Fetch; take it anew for each."""
         return pages_pb2_grpc.PagesStub(self._channels.get(self.address))
 
-    async def fetch(
-        self, request: pages_pb2.FetchRequest, seconds: float
-    ) -> pages_pb2.FetchResponse:
+    async def fetch(self, request: pages_pb2.FetchRequest, seconds: float) -> Fetched:
         """Ask for pages.
 
         Raises:
@@ -115,9 +114,7 @@ class Host:
         while self._idle:
             self._idle.pop()[1].cancel()
 
-    async def _ask(
-        self, channel: grpc.aio.Channel, request: pages_pb2.FetchRequest
-    ) -> pages_pb2.FetchResponse:
+    async def _ask(self, channel: grpc.aio.Channel, request: pages_pb2.FetchRequest) -> Fetched:
         while self._idle:
             of, stream = self._idle.pop()
             if of is channel:
@@ -127,7 +124,11 @@ class Host:
                     # It ended while nobody used it, which says nothing of the host as it is now.
                     continue
             stream.cancel()
-        stream = pages_pb2_grpc.PagesStub(channel).Fetch()
+        fetch: grpc.aio.StreamStreamMultiCallable[pages_pb2.FetchRequest, Fetched]
+        fetch = channel.stream_stream(
+            METHOD, pages_pb2.FetchRequest.SerializeToString, response_deserializer=parse
+        )
+        stream = fetch()
         try:
             return await self._ask_on(channel, stream, request)
         except EOFError:
@@ -138,12 +139,12 @@ class Host:
 
     async def _ask_on(
         self, channel: grpc.aio.Channel, stream: Stream, request: pages_pb2.FetchRequest
-    ) -> pages_pb2.FetchResponse:
+    ) -> Fetched:
         answered = False
         try:
             await stream.write(request)
             response = await stream.read()
-            if not isinstance(response, pages_pb2.FetchResponse):
+            if not isinstance(response, Fetched):
                 raise EOFError
             answered = True
         finally:

@@ -15,8 +15,9 @@ A digest that another chunk is fetching just now is waited for, and then found i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,7 +29,7 @@ from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.cluster.away import Bytes, Digests, Mask
-from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.digests import Fingerprints, in_thread
 from samepage_merger.cluster.fetch import Missing, Take
 from samepage_merger.cluster.keys import Keys, keys_of
 from samepage_merger.domains import Arena, Domain, RefusedError
@@ -39,10 +40,16 @@ from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Indices, Int64s, join
 from samepage_merger.store import Store, StoreFullError
 
-_CHUNK_PAGES = 8192
+CHUNK_PAGES = 8192
 _CHUNKS_AT_ONCE = 3
-_FETCH_PAGES = _CHUNK_PAGES
+_FETCH_PAGES = CHUNK_PAGES
 _FILL_PAGES = wire.READ_PAGES_MAX
+
+Landed = Callable[[], Coroutine[object, object, None]]
+
+
+async def _nobody() -> None:
+    pass
 
 
 class Local(Protocol):
@@ -117,17 +124,23 @@ class Landing:
         self._flying: dict[asyncio.Task[None], Keys] = {}
         self._failed: BaseException | None = None
 
-    async def take(self, chunk: Chunk) -> None:
+    async def take(self, chunk: Chunk, landed: Landed = _nobody) -> None:
         """Land pages that are away by now; returns when there is room for more.
+
+        Args:
+            landed: called when they have landed, or never will; one that is told takes CHUNK_PAGES
+                at most.
 
         Raises:
             RefusedError: those before could not be landed, or there is no memory for these.
         """
-        for low in range(0, chunk.pages.size, _CHUNK_PAGES):
+        for low in range(0, max(1, chunk.pages.size), CHUNK_PAGES):
             await self._places.acquire()
             self._check()
-            part = chunk[low : low + _CHUNK_PAGES]
-            task = asyncio.ensure_future(self._land(part, list(self._flying.items())))
+            part = chunk[low : low + CHUNK_PAGES]
+            task = asyncio.ensure_future(
+                self._land_and_tell(part, list(self._flying.items()), landed)
+            )
             self._flying[task] = keys_of(part.digests)
             task.add_done_callback(self._landed)
 
@@ -157,6 +170,18 @@ class Landing:
     def _check(self) -> None:
         if self._failed is not None:
             raise self._failed
+
+    async def _land_and_tell(
+        self, chunk: Chunk, before: list[tuple[asyncio.Task[None], Keys]], landed: Landed
+    ) -> None:
+        try:
+            await self._land(chunk, before)
+        except Exception:
+            # Nobody wants these any more; whoever waits with more learns why from the next `take`.
+            with contextlib.suppress(RefusedError):
+                await landed()
+            raise
+        await landed()
 
     async def _land(self, chunk: Chunk, before: list[tuple[asyncio.Task[None], Keys]]) -> None:
         chunk = await self._map_local(chunk)
@@ -210,7 +235,9 @@ class Landing:
         hold = domain.books.add(slots)
 
         async def take(numbers: Indices, data: Bytes) -> None:
-            write_slots(store, slots[numbers], memoryview(data))
+            await in_thread(
+                lambda: write_slots(store, slots[numbers], memoryview(data)), numbers.size
+            )
 
         try:
             missing = await self._fetcher.fetch(
@@ -218,7 +245,7 @@ class Landing:
             )
             if missing.numbers.size:
                 raise _not_sent(self._holder, missing)
-            domain.catalog.add(keys_of(wanted.digests), slots)
+            domain.catalog.add_fresh(keys_of(wanted.digests), slots)
             failpoint("clone.fetched")
             await self._map(chunk.pages, slots[of_page])
         except StoreFullError:

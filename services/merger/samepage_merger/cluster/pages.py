@@ -15,6 +15,7 @@ from samepage.daemon.failpoints import failpoint
 from samepage.daemon.secrets import DOMAIN_ID_BYTES
 from samepage.daemon.wire import DIGEST_BYTES
 from samepage.v1 import pages_pb2, pages_pb2_grpc
+from samepage_merger.cluster import fetched
 from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import (
     FINGERPRINT_BYTES,
@@ -27,16 +28,13 @@ from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.keeping import Keeper
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
-from samepage_merger.cluster.snapshots import (
-    FREEZE_MS_MAX,
+from samepage_merger.cluster.snapshot_errors import (
     NoAnswerError,
     NoArenaError,
     NotPossibleError,
-    Snapshot,
-    Snapshots,
-    Stretch,
     TooLateError,
 )
+from samepage_merger.cluster.snapshots import FREEZE_MS_MAX, Snapshot, Snapshots, Stretch
 from samepage_merger.domains import Domains
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.store import StoreFullError
@@ -86,10 +84,20 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         for stream in self._streams:
             stream.cancel()
 
-    async def Fetch(
+    def register(self, server: grpc.aio.Server) -> None:
+        """Add this to a server, Fetch with messages of its own making."""
+        fetch: grpc.RpcMethodHandler[pages_pb2.FetchRequest, bytes]
+        fetch = grpc.stream_stream_rpc_method_handler(
+            self.Fetch, request_deserializer=pages_pb2.FetchRequest.FromString
+        )
+        pages_pb2_grpc.add_PagesServicer_to_server(self, server)
+        service, method = fetched.METHOD[1:].split("/")
+        server.add_registered_method_handlers(service, {method: fetch})
+
+    async def Fetch(  # type: ignore[override]  # registered apart
         self, request_iterator: AsyncIterator[pages_pb2.FetchRequest], context: Context
-    ) -> AsyncIterator[pages_pb2.FetchResponse]:
-        """Pages, one response a request."""
+    ) -> AsyncIterator[bytes]:
+        """Pages, one response (see fetched.py) a request."""
         stream = asyncio.current_task()
         assert stream is not None
         self._streams.add(stream)
@@ -101,23 +109,28 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         finally:
             self._streams.discard(stream)
 
-    async def _fetched(self, request: pages_pb2.FetchRequest) -> pages_pb2.FetchResponse:
+    async def _fetched(self, request: pages_pb2.FetchRequest) -> bytes:
         domain = self._domains.find(request.domain_id)
         if len(request.digests) == DIGEST_BYTES and domain is not None:
             # Somebody waits for it: no arrays, and no thread.
             page = domain.catalog.page(request.digests)
             if page is not None and any(request.digests):
                 self.sent += 1
-                return pages_pb2.FetchResponse(found=b"\1", pages=page)
+                return fetched.pack(b"\1", [page])
         digests, fingerprints = _checked(
             request.domain_id, request.digests, request.fingerprints, FETCH_MAX
         )
         if domain is None:
-            return pages_pb2.FetchResponse(found=bytes(len(digests)))
-        found, pages = await self._local.pages(domain, digests, fingerprints)
+            return fetched.pack(bytes(len(digests)), [])
+        offered = self._snapshots.offered(domain, digests)
+        if offered is not None:
+            found = np.ones(len(digests), np.bool_)
+        else:
+            found, pages = await self._local.pages(domain, digests, fingerprints)
+            offered = [pages]
         self.sent += int(np.count_nonzero(found))
         failpoint("pages.found")
-        return pages_pb2.FetchResponse(found=found.tobytes(), pages=pages)
+        return fetched.pack(found.tobytes(), offered)
 
     async def Hold(
         self, request: pages_pb2.HoldRequest, context: Context
@@ -213,7 +226,9 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
                 snapshot = self._snapshots.find(request.snapshot_id, seconds)
             else:
                 _check_domain(request.domain_id)
-                snapshot = self._snapshots.begin(request.domain_id, request.arena, owner, seconds)
+                snapshot = self._snapshots.begin(
+                    request.domain_id, request.arena, owner, seconds, offer=request.offer
+                )
             async with contextlib.aclosing(self._snapshots.tell(snapshot)) as stretches:
                 async for response in _responses(snapshot, stretches):
                     yield response
@@ -245,6 +260,16 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             await _abort_for(context, error)
         return pages_pb2.LeaveResponse(left=left)
 
+    async def Taken(
+        self, request: pages_pb2.TakenRequest, context: Context
+    ) -> pages_pb2.TakenResponse:
+        """Offer a stretch no longer."""
+        try:
+            self._snapshots.find(request.snapshot_id).taken(request.first_page)
+        except _ERRORS as error:
+            await _abort_for(context, error)
+        return pages_pb2.TakenResponse()
+
     async def EndSnapshot(
         self, request: pages_pb2.EndSnapshotRequest, context: Context
     ) -> pages_pb2.EndSnapshotResponse:
@@ -271,6 +296,7 @@ async def _responses(
             first_page=stretch.first_page,
             digests=stretch.digests.tobytes(),
             fingerprints=stretch.fingerprints.tobytes(),
+            offered=snapshot.offers is not None,
         )
 
 

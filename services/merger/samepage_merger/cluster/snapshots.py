@@ -7,6 +7,9 @@ it reads them, gives them slots and has the arena map these. What cannot be mapp
 or no mapping is left) has its copy in a slot all the same, and is looked at again in every round;
 so is a page that is absent, since nobody says when it is touched first.
 
+Whoever needs each page once, and at once, is offered it (offers.py): then nothing of the arena
+changes, no page gets a slot, and there is but one round.
+
 Freezing stops writes to shared pages and touches of absent ones, so when every page is one or the
 other, nobody can write. That is what Leave rests on, and it is the agent that decides: it leaves
 only while it is frozen. Whether it has left is known from its answer, from what it announces after
@@ -19,7 +22,7 @@ import asyncio
 import itertools
 import os
 import time
-from collections.abc import AsyncGenerator, Iterator
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, field
 
@@ -30,23 +33,25 @@ from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.cluster.away import Bytes, Digests, Mask, no_digests
-from samepage_merger.cluster.digests import (
-    FINGERPRINT_BYTES,
-    Fingerprints,
-    are_zero,
-    fingerprints,
-    in_thread,
-    parse_fingerprints,
-)
+from samepage_merger.cluster.digests import Fingerprints, are_zero, parse_fingerprints
 from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.holds import Lease
 from samepage_merger.cluster.keys import keys_of
-from samepage_merger.cluster.local import Local, deposit
+from samepage_merger.cluster.local import Local
+from samepage_merger.cluster.looking import Looker, Step
+from samepage_merger.cluster.offers import OFFER_PAGES, Offers
 from samepage_merger.cluster.promoting import Promoter
-from samepage_merger.domains import Arena, Domains, State
+from samepage_merger.cluster.snapshot_errors import (
+    NoAnswerError,
+    NoArenaError,
+    NotPossibleError,
+    TooLateError,
+    no_answer,
+)
+from samepage_merger.domains import Arena, Domain, Domains, State
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
-from samepage_merger.runs import Indices, Int64s, join
+from samepage_merger.runs import Int64s, join
 
 FREEZE_MS_MAX = 60_000
 
@@ -57,29 +62,11 @@ _STEP_PAGES = 2048
 _PINNED_LOOKS = 20
 _PAUSE_SECONDS = 0.002
 _LEFT_SECONDS = 86_400.0
+# How often an owner hears that the snapshot is there, while it takes what was offered.
+_ALIVE_SECONDS = 5.0
 _NO_FINGERPRINTS = parse_fingerprints(b"")
 
 log = structlog.get_logger(__name__)
-
-
-class SnapshotError(Exception):
-    """A snapshot cannot be made, or gone on with; the text says what to do."""
-
-
-class NoArenaError(SnapshotError):
-    """There is no such arena, or no such snapshot any more."""
-
-
-class NoAnswerError(SnapshotError):
-    """The arena's process does not answer: ask again."""
-
-
-class NotPossibleError(SnapshotError):
-    """It cannot be done to this arena, as it is now."""
-
-
-class TooLateError(SnapshotError):
-    """There was not time enough."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +87,7 @@ class Snapshot:
         told: of each page, 1 + the slot that has the bytes that the owner was told of (1 for
             zeros), or _NEVER.
         turn: held by the round that is under way.
+        offers: what is offered instead of being held; None: nothing is.
     """
 
     id: bytes
@@ -107,23 +95,12 @@ class Snapshot:
     lease: Lease
     told: Int64s
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
+    offers: Offers | None = None
 
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """What some pages were found to hold.
-
-    Attributes:
-        slots: that have their bytes; PRIVATE for zeros.
-        loose: of pages that can still be written unnoticed, why.
-    """
-
-    pages: Int64s
-    digests: Digests
-    fingerprints: Fingerprints
-    slots: Int64s
-    mapped: Mask
-    loose: Outcomes
+    def taken(self, first_page: int) -> None:
+        """Offer a stretch no longer."""
+        if self.offers is not None:
+            self.offers.taken(first_page)
 
 
 class Snapshots:
@@ -138,13 +115,16 @@ class Snapshots:
     ) -> None:
         self._domains = domains
         self._orders = orders
-        self._promoter = promoter
-        self._local = local
-        self._fetcher = fetcher
+        self._looker = Looker(domains, orders, promoter, local, fetcher)
         self._snapshots: dict[bytes, Snapshot] = {}
 
-    def begin(self, domain_id: bytes, name: str, owner: str, seconds: float) -> Snapshot:
+    def begin(
+        self, domain_id: bytes, name: str, owner: str, seconds: float, *, offer: bool = False
+    ) -> Snapshot:
         """Return a new snapshot of an arena; nothing of it is frozen yet.
+
+        Args:
+            offer: offer what the arena has, rather than hold it.
 
         Raises:
             NoArenaError, NoAnswerError: there is none, or its process is away.
@@ -159,7 +139,8 @@ class Snapshots:
         number = os.urandom(16)
         lease = domain.holds.extend(owner, seconds, number, arena.name, arena.lock)
         failpoint("snapshot.begun")
-        snapshot = Snapshot(number, arena, lease, np.zeros(arena.pages, np.int64))
+        offers = Offers() if offer else None
+        snapshot = Snapshot(number, arena, lease, np.zeros(arena.pages, np.int64), offers=offers)
         self._forget_those_that_are_over()
         self._snapshots[number] = snapshot
         return snapshot
@@ -180,16 +161,31 @@ class Snapshots:
         return snapshot
 
     async def tell(self, snapshot: Snapshot) -> AsyncGenerator[Stretch, None]:
-        """Yield what was written since the last time, at first everything; all of it is held.
+        """Yield what was written since the last time, at first everything; all of it is held, or
+        offered, and then it ends when everything was taken.
 
         Raises:
             NoAnswerError: the arena's process does not answer.
             NotPossibleError: pages are away and cannot be brought back.
             StoreFullError: the store has no room.
         """
-        async with snapshot.turn, aclosing(self._round(snapshot)) as stretches:
+        offers = snapshot.offers
+        told = self._round(snapshot) if offers is None else self._offered(snapshot, offers)
+        async with snapshot.turn, aclosing(told) as stretches:
             async for stretch in stretches:
                 yield stretch
+
+    def offered(self, domain: Domain, digests: Digests) -> Sequence[Bytes] | None:
+        """Return pages that one stretch offers, in order and in parts; None unless it has all.
+
+        The parts are good until the caller awaits something.
+        """
+        for snapshot in self._snapshots.values():
+            if snapshot.offers is not None and snapshot.arena.domain is domain:
+                pages = snapshot.offers.find(digests)
+                if pages is not None:
+                    return pages
+        return None
 
     async def freeze(self, snapshot: Snapshot, milliseconds: int) -> AsyncGenerator[Stretch, None]:
         """Stop the writers for so long at most, and yield what was written since the last time.
@@ -261,6 +257,42 @@ class Snapshots:
         self._snapshots.pop(number, None)
         failpoint("snapshot.ended")
 
+    async def _offered(self, snapshot: Snapshot, offers: Offers) -> AsyncGenerator[Stretch, None]:
+        """Yield everything; a stretch is read while the one before is told of."""
+        first = 0
+        ahead = asyncio.ensure_future(self._offer(snapshot, offers, first))
+        try:
+            while True:
+                await asyncio.wait({ahead}, timeout=_ALIVE_SECONDS)
+                if not ahead.done():
+                    yield Stretch(first, no_digests(), _NO_FINGERPRINTS)
+                    continue
+                stretch = ahead.result()
+                if stretch is None:
+                    return
+                first += OFFER_PAGES
+                ahead = asyncio.ensure_future(self._offer(snapshot, offers, first))
+                yield stretch
+        finally:
+            ahead.cancel()
+            await asyncio.wait({ahead})
+            offers.clear()
+
+    async def _offer(self, snapshot: Snapshot, offers: Offers, first: int) -> Stretch | None:
+        """Read and offer a stretch when there is room; None at the end, when all were taken."""
+        arena = snapshot.arena
+        if first >= arena.pages:
+            await offers.all_taken()
+            return None
+        data = await offers.buffer()
+        pages = np.arange(first, min(arena.pages, first + OFFER_PAGES))
+        digests, prints = await self._looker.read(arena, pages, data)
+        failpoint("snapshot.looked")
+        _check_lease(snapshot)
+        offers.add(first, digests, data)
+        failpoint("snapshot.held")
+        return Stretch(first, digests, prints)
+
     async def _round(
         self, snapshot: Snapshot, deadline: float | None = None
     ) -> AsyncGenerator[Stretch, None]:
@@ -281,8 +313,8 @@ class Snapshots:
             _check_time(deadline)
 
     async def _settled(
-        self, snapshot: Snapshot, step: _Step, told: Mask, deadline: float
-    ) -> tuple[_Step, Mask]:
+        self, snapshot: Snapshot, step: Step, told: Mask, deadline: float
+    ) -> tuple[Step, Mask]:
         """Look at frozen pages until none of them can be written any more."""
         for again in itertools.count():
             _check_time(deadline)
@@ -295,53 +327,16 @@ class Snapshots:
             told = told | told_now
         return step, told
 
-    async def _step(self, snapshot: Snapshot, pages: Int64s) -> tuple[_Step, Mask]:
+    async def _step(self, snapshot: Snapshot, pages: Int64s) -> tuple[Step, Mask]:
         """Look at pages, and hold them; return which of them the owner is to be told of."""
         async with AsyncExitStack() as stack:
-            step = await self._look(stack, snapshot.arena, pages)
+            step = await self._looker.look(stack, snapshot.arena, pages)
             failpoint("snapshot.looked")
             told = await self._hold(snapshot, step)
         failpoint("snapshot.held")
         return step, told
 
-    async def _look(self, stack: AsyncExitStack, arena: Arena, pages: Int64s) -> _Step:
-        """Return what pages hold; its slots are not freed before the stack is unwound."""
-        if arena.state is not State.OPEN:
-            raise _no_answer(arena)
-        domain = arena.domain
-        digests = no_digests(pages.size)
-        prints = np.zeros((pages.size, FINGERPRINT_BYTES), np.uint8)
-        slots = arena.map.slots(pages)
-        mapped = slots != PRIVATE
-        seed = self._domains.seed(domain)
-        hold = domain.books.hold(slots[mapped])
-        stack.callback(lambda: domain.free(domain.books.release(hold)))
-        away = ~mapped & arena.away.contains(pages)
-        if away.any():
-            slots[away] = await self._bring_back(stack, arena, arena.away.digests(pages[away]))
-        stored = slots != PRIVATE
-        data = domain.store.read_all(slots[stored])
-
-        def hash_all() -> tuple[Digests, Fingerprints]:
-            return domain.digester.pages(data), fingerprints(seed, data)
-
-        digests[stored], prints[stored] = await in_thread(hash_all, slots.size)
-        private = np.flatnonzero(~stored & ~away)
-        loose = np.empty(0, np.uint8)
-        if private.size:
-            made = self._promoter.promoted(arena, pages[private], seed=seed)
-            promoted = await stack.enter_async_context(made)
-            _check(arena, promoted.read.outcomes)
-            digests[private] = promoted.read.digests
-            prints[private] = promoted.read.fingerprints
-            slots[private] = promoted.slots
-            mapped[private] = promoted.outcomes == Outcome.MERGED
-            settled = mapped[private] | (promoted.outcomes == Outcome.ABSENT)
-            loose = promoted.outcomes[~settled]
-        prints[are_zero(digests)] = 0
-        return _Step(pages, digests, prints, slots, mapped, loose)
-
-    async def _hold(self, snapshot: Snapshot, step: _Step) -> Mask:
+    async def _hold(self, snapshot: Snapshot, step: Step) -> Mask:
         """Hold what the owner has to be told of; return which of the step's pages that are."""
         domain = snapshot.arena.domain
         before = snapshot.told[step.pages]
@@ -351,36 +346,13 @@ class Snapshots:
         same[maybe] = await domain.catalog.verify(step.digests[maybe], before[maybe] - 1)
         new = ~same & ~zeros
         holds = domain.holds
-        if holds.snapshot(snapshot.id) is not snapshot.lease:
-            raise NoArenaError("the snapshot's lease is over: begin a new one")
+        _check_lease(snapshot)
         holds.grant(snapshot.lease, keys_of(step.digests[new]), step.slots[new])
         # A page that has its bytes still, in another slot, is not told of, but known by that slot.
         known = ~same | (step.mapped & ~zeros)
         snapshot.told[step.pages[known]] = step.slots[known] + 1
         told: Mask = ~same
         return told
-
-    async def _bring_back(self, stack: AsyncExitStack, arena: Arena, digests: Digests) -> Int64s:
-        """Return slots with the bytes of pages that are away; they stay away for the arena."""
-        domain = arena.domain
-        found = self._local.slots(domain, digests, _NO_FINGERPRINTS)
-        slots = await stack.enter_async_context(found)
-        missing = np.flatnonzero((slots == PRIVATE) & ~are_zero(digests))
-        if not missing.size:
-            return slots
-
-        async def take(numbers: Indices, data: Bytes) -> None:
-            made, hold = deposit(domain, digests[missing[numbers]], data)
-            stack.callback(lambda: domain.free(domain.books.release(hold)))
-            slots[missing[numbers]] = made
-
-        left = await self._fetcher.fetch(domain, digests[missing], _NO_FINGERPRINTS, (), take)
-        if left.numbers.size:
-            raise NotPossibleError(
-                f"{left.numbers.size} pages of arena {arena.name!r} are on other hosts, which do"
-                " not send them now: see whether these hosts are up, and try again"
-            )
-        return slots
 
     async def _order_freeze(self, arena: Arena, milliseconds: int) -> None:
         outcome = await self._orders.freeze(arena, milliseconds)
@@ -390,7 +362,7 @@ class Snapshots:
                 " is too old"
             )
         if outcome != Outcome.MERGED:
-            raise _no_answer(arena)
+            raise no_answer(arena)
 
     def _left(self, lease: Lease) -> bool:
         """Return whether an arena was left, by what its process announced, or its end."""
@@ -401,7 +373,7 @@ class Snapshots:
             held = domain.locks.held(lease.lock)
             if mine and mine[0].state is State.OPEN:
                 if mine[0].leaving is not None and mine[0].leaving is mine[0].session:
-                    raise _no_answer(mine[0])
+                    raise no_answer(mine[0])
                 return mine[0].left == lease.snapshot
             if held:
                 raise NoAnswerError(f"the process of arena {lease.arena!r} has yet to announce it")
@@ -425,7 +397,7 @@ class Snapshots:
                 del self._snapshots[number]
 
 
-def _stretches(step: _Step, told: Mask) -> Iterator[Stretch]:
+def _stretches(step: Step, told: Mask) -> Iterator[Stretch]:
     """Return the stretches of those pages that were told of."""
     at = np.flatnonzero(told)
     first, count = join(step.pages[at])
@@ -435,21 +407,14 @@ def _stretches(step: _Step, told: Mask) -> Iterator[Stretch]:
         yield Stretch(page, step.digests[part], step.fingerprints[part])
 
 
+def _check_lease(snapshot: Snapshot) -> None:
+    if snapshot.arena.domain.holds.snapshot(snapshot.id) is not snapshot.lease:
+        raise NoArenaError("the snapshot's lease is over: begin a new one")
+
+
 def _check_time(deadline: float) -> None:
     if time.monotonic() >= deadline:
         raise TooLateError("the arena could not be told of within the time of its freeze")
-
-
-def _check(arena: Arena, read: Outcomes) -> None:
-    """Raise unless every page was read, or holds nothing."""
-    if not bool(np.isin(read, (Outcome.MERGED, Outcome.ABSENT)).all()):
-        raise _no_answer(arena)
-
-
-def _no_answer(arena: Arena) -> NoAnswerError:
-    return NoAnswerError(
-        f"the process of arena {arena.name!r} does not answer: see whether it runs, and ask again"
-    )
 
 
 def _why_loose(why: Outcomes) -> str:

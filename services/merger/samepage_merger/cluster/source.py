@@ -39,11 +39,16 @@ _ERRNO = {
 
 @dataclass(frozen=True)
 class Stretch:
-    """Consecutive pages of the source, from `first` on."""
+    """Consecutive pages of the source, from `first` on.
+
+    Attributes:
+        offered: the source keeps them until it is told that they were taken.
+    """
 
     first: int
     digests: Digests
     fingerprints: Fingerprints
+    offered: bool = False
 
     @property
     def pages(self) -> Int64s:
@@ -90,16 +95,22 @@ class Snapshot:
         snapshot.id = snapshot_id
         return snapshot
 
-    def round(self) -> AsyncGenerator[Stretch]:
+    def round(self, *, offer: bool = False) -> AsyncGenerator[Stretch]:
         """All pages the first time, and then those that were written since the last.
 
         The first time the first stretch is empty: `id` and `pages` are known by then.
+
+        Args:
+            offer: this is the only round, and whatever it tells of is fetched at once. The source
+                may not know that.
 
         Raises:
             RefusedError: as the protocol knows it.
         """
         names = {"snapshot_id": self.id} if self.id else self._names
-        request = pages_pb2.SnapshotRequest(owner=self._owner, lease_ms=self._lease_ms, **names)
+        request = pages_pb2.SnapshotRequest(
+            owner=self._owner, lease_ms=self._lease_ms, offer=offer, **names
+        )
         return self._stretches(self._stub.Snapshot(request), None)
 
     def freeze(self, milliseconds: int) -> AsyncGenerator[Stretch]:
@@ -111,6 +122,16 @@ class Snapshot:
         """
         request = pages_pb2.FreezeRequest(snapshot_id=self.id, milliseconds=milliseconds)
         return self._stretches(self._stub.Freeze(request), milliseconds / 1000)
+
+    async def taken(self, first_page: int) -> None:
+        """Tell that an offered stretch is here.
+
+        Raises:
+            RefusedError: as the protocol knows it.
+        """
+        request = pages_pb2.TakenRequest(snapshot_id=self.id, first_page=first_page)
+        with told(self.host):
+            await self._stub.Taken(request, timeout=IDLE_SECONDS)
 
     async def end(self, *, keep_holds: bool = False) -> None:
         """Let the source forget the snapshot, or hold its pages for this host until released.
@@ -177,7 +198,10 @@ class Snapshot:
         if digests.size % 32 or fingerprints.size * 2 != digests.size:
             raise _nonsense(self.host)
         stretch = Stretch(
-            response.first_page, digests.reshape(-1, 32), fingerprints.reshape(-1, 16)
+            response.first_page,
+            digests.reshape(-1, 32),
+            fingerprints.reshape(-1, 16),
+            response.offered,
         )
         end = stretch.first + len(stretch.digests)
         known = (response.snapshot_id, response.pages) == (self.id, self.pages)
@@ -190,10 +214,14 @@ async def gathered(
     stretches: AsyncIterator[Stretch], pages: int = GATHERED_PAGES
 ) -> AsyncGenerator[Stretch]:
     """Pass on stretches that follow each other as fewer ones, of so many pages or a bit more: what
-    is done for each costs much the same, however long it is."""
+    is done for each costs much the same, however long it is. Those that are offered stay as they
+    are."""
     parts: list[Stretch] = []
     count = 0
     async for stretch in stretches:
+        if stretch.offered:
+            yield stretch
+            continue
         parts.append(stretch)
         count += len(stretch.digests)
         if count >= pages:
