@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -24,6 +25,7 @@ class SlowIdentity:
     """Takes a token for the name of a domain, when it is told to go on."""
 
     def __init__(self) -> None:
+        self.decided: Counter[str] = Counter()
         self.go = asyncio.Event()
         self.tokens: list[bytes] = []
         self.own: dict[Caller, str] = {}

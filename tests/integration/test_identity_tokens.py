@@ -12,7 +12,14 @@ import pytest
 from fakes.fake_token_api import FakeTokenApi
 
 from samepage.daemon.config import ConfigError
-from samepage.daemon.identity import DeniedError, Identity, IdentitySettings, make_identity
+from samepage.daemon.identity import (
+    DeniedError,
+    Identity,
+    IdentitySettings,
+    choose_domain,
+    make_identity,
+    metrics,
+)
 
 
 @dataclass(eq=False)
@@ -123,6 +130,20 @@ async def test_answers_that_are_no_reviews(
     api.answer = answer
     caller = await shown(identity, api.admit("good", "shop"))
     assert refusal(identity, caller)[0] in (errno.EACCES, errno.EAGAIN)
+
+
+async def test_decisions_are_counted(api: FakeTokenApi, identity: Identity) -> None:
+    good = await shown(identity, api.admit("good", "shop"))
+    choose_domain(identity, good, "")
+    api.admit("late", "shop")
+    await api.stop()
+    late = await shown(identity, "late")
+    for caller, wanted in ((good, "other"), (Caller(), ""), (late, "")):
+        with pytest.raises(DeniedError):
+            choose_domain(identity, caller, wanted)
+    (metric,) = metrics.collect(identity)
+    counts = {sample.labels["outcome"]: sample.value for sample in metric.samples}
+    assert counts == {"allowed": 1, "denied": 2, "unknown": 1}
 
 
 async def test_while_the_api_server_is_away_nobody_new_gets_in(

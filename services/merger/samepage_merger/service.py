@@ -18,6 +18,7 @@ from prometheus_client.core import Metric
 from samepage.daemon.addresses import UNIX
 from samepage.daemon.config import ConfigError
 from samepage.daemon.identity import Identity, make_identity
+from samepage.daemon.identity import metrics as identity_metrics
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
@@ -169,10 +170,12 @@ class MergerService:
             self._handovers,
         )
         hosts, pages, elsewhere = self._hosts, self._pages, self._elsewhere
+        identity = self._identity
         self._collect = lambda: (
             *metrics.collect(domains, stores, agents, engine),
             *metrics.collect_cluster(domains, hosts, fetcher, pages),
             *cluster_metrics.collect(elsewhere),
+            *identity_metrics.collect(identity),
         )
         self._start_peers(agents)
         self._elsewhere.start()

@@ -12,6 +12,7 @@ from prometheus_client.core import Metric
 
 from samepage.daemon.config import ConfigError
 from samepage.daemon.identity import make_identity
+from samepage.daemon.identity import metrics as identity_metrics
 from samepage.daemon.peers import PeerServer
 from samepage.daemon.policies import Policies
 from samepage.daemon.secrets import read_secret
@@ -101,7 +102,10 @@ class ScannerService:
 
     async def metrics(self) -> Iterable[Metric]:
         """What the books and the passes say."""
-        return metrics.collect(self.books, self.passes, self.merger, self.publisher, self.policies)
+        return (
+            *metrics.collect(self.books, self.passes, self.merger, self.publisher, self.policies),
+            *identity_metrics.collect(self._identity),
+        )
 
     async def drain(self) -> None:
         """End the loops: shares that wait are refused."""

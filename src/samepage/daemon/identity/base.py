@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import errno
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Protocol
 
 DEFAULT_DOMAIN = "default"
+#: What may come of a process's wish; unknown: it could not be told.
+OUTCOMES = ("allowed", "denied", "unknown")
 
 # From which version of the agent protocol on a process may leave its domain out.
 _SILENT_VERSION = 3
@@ -58,7 +61,13 @@ class Subject:
 
 
 class Identity(Protocol):
-    """Tells which domain a process uses. Called in the event loop."""
+    """Tells which domain a process uses. Called in the event loop.
+
+    Attributes:
+        decided: how often `choose_domain` came to each of OUTCOMES.
+    """
+
+    decided: Counter[str]
 
     def domain(self, caller: Caller, wanted: str) -> str:
         """The domain `wanted`, or with an empty one the process's own.
@@ -85,11 +94,20 @@ def choose_domain(identity: Identity, caller: Caller, wanted: str) -> str:
     """
     if not wanted and caller.version < _SILENT_VERSION:
         raise DeniedError(errno.EINVAL, "an arena needs a domain in this version of the protocol")
-    return identity.domain(caller, wanted)
+    try:
+        domain = identity.domain(caller, wanted)
+    except DeniedError as denied:
+        identity.decided["unknown" if denied.args[0] == errno.EAGAIN else "denied"] += 1
+        raise
+    identity.decided["allowed"] += 1
+    return domain
 
 
 class SocketIdentity:
     """Whoever reaches the socket names its domain."""
+
+    def __init__(self) -> None:
+        self.decided: Counter[str] = Counter()
 
     def domain(self, caller: Caller, wanted: str) -> str:
         """See Identity."""

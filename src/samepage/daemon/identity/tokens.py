@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+from collections import Counter
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -70,6 +71,7 @@ class TokenIdentity:
     """
 
     def __init__(self, policy: Policy, reviewer: Reviewer, node: str, cache_seconds: float) -> None:
+        self.decided: Counter[str] = Counter()
         self._policy = policy
         self._reviewer = reviewer
         self._node = node

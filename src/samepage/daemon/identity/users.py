@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from samepage.daemon.identity.base import Caller, Subject
 from samepage.daemon.identity.policy import Policy
 
@@ -10,6 +12,7 @@ class UserIdentity:
     """A process's user and groups decide."""
 
     def __init__(self, policy: Policy) -> None:
+        self.decided: Counter[str] = Counter()
         self._policy = policy
 
     def domain(self, caller: Caller, wanted: str) -> str:
