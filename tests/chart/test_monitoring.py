@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import promql_parser
 import pytest
 import yaml
 from helpers.chart import CHART, ROOT, named
@@ -25,11 +26,21 @@ def alerts() -> list[dict[str, str]]:
     return rules
 
 
-def test_metrics_exist() -> None:
+def asked() -> list[str]:
+    """What alerts and panels ask Prometheus."""
     panels = json.loads((CHART / "files" / "dashboard.json").read_text())["panels"]
-    asked = [rule["expr"] for rule in alerts()]
-    asked += [target["expr"] for panel in panels for target in panel["targets"]]
-    names = {name for text in asked for name in _METRIC.findall(text)}
+    of_panels = [target["expr"] for panel in panels for target in panel["targets"]]
+    return [rule["expr"] for rule in alerts()] + of_panels
+
+
+@pytest.mark.parametrize("query", asked())
+def test_prometheus_understands(query: str) -> None:
+    """What the parser, which checks functions and types as well, does not raise ValueError at."""
+    promql_parser.parse(query.replace("$__rate_interval", "5m"))
+
+
+def test_metrics_exist() -> None:
+    names = {name for text in asked() for name in _METRIC.findall(text)}
     assert len(names) > 10
     assert names <= documented()
 
