@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samepage.daemon.config import require, setting
-from samepage.daemon.logs import check_level
-from samepage.daemon.metrics import check_metrics_listen
+from samepage.daemon.settings import DaemonSettings
 from samepage.daemon.tls import NetworkSettings
 
 SECTION = "index"
@@ -16,7 +15,7 @@ LEASE_SECONDS_MAX = 3600.0
 
 
 @dataclass(frozen=True)
-class IndexConfig(NetworkSettings):
+class IndexConfig(NetworkSettings, DaemonSettings):
     """See the help of each setting, or deploy/config/index.toml."""
 
     listen: str = setting(
@@ -61,24 +60,14 @@ class IndexConfig(NetworkSettings):
         "How long after its lease a host's entries are kept, in case that it comes back; then "
         "they are deleted. Seconds, at least redis_timeout_seconds.",
     )
-    metrics_listen: str = setting(
-        "",
-        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
-        "one. Empty: none.",
-    )
-    log_level: str = setting("info", "Lowest level shown: debug, info, warning, error, critical.")
+
     drain_seconds: float = setting(
-        10.0, "How long calls in flight may go on after the first SIGTERM or SIGINT. Seconds."
+        10.0, "How long calls in flight may go on when stopping, in seconds."
     )
-    ready_file: Path | None = setting(
-        None, "File that gets the address as JSON when the index serves. Empty: none."
-    )
-    reflection: bool = setting(False, "Whether to offer gRPC's server reflection.")
 
     def __post_init__(self) -> None:
         self.check_network(self.addresses)
-        check_metrics_listen(self.metrics_listen)
-        check_level(self.log_level)
+        self.check_daemon()
         require(
             LEASE_SECONDS_MIN <= self.lease_seconds <= LEASE_SECONDS_MAX,
             f"lease_seconds must be {LEASE_SECONDS_MIN} to {LEASE_SECONDS_MAX:.0f}, "
@@ -90,7 +79,6 @@ class IndexConfig(NetworkSettings):
             self.sweep_seconds >= self.redis_timeout_seconds,
             f"sweep_seconds must be at least redis_timeout_seconds, {self.redis_timeout_seconds}",
         )
-        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
         require(
             bool(self.key_prefix) and not set("{}") & set(self.key_prefix),
             "key_prefix must not be empty, nor hold braces",

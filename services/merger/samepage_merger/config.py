@@ -9,8 +9,7 @@ from pathlib import Path
 
 from samepage.daemon.config import require, setting
 from samepage.daemon.identity import IdentitySettings
-from samepage.daemon.logs import check_level
-from samepage.daemon.metrics import check_metrics_listen
+from samepage.daemon.settings import DaemonSettings
 from samepage.daemon.tls import NetworkSettings
 
 SECTION = "merger"
@@ -25,7 +24,7 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True)
-class Config(NetworkSettings, IdentitySettings):
+class Config(NetworkSettings, IdentitySettings, DaemonSettings):
     """Settings of one merger. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -117,17 +116,6 @@ class Config(NetworkSettings, IdentitySettings):
         "For how long everybody who might have the bytes of an away page must say that he has "
         "not, in seconds, before whoever touches it gets an error instead of waiting.",
     )
-    metrics_listen: str = setting(
-        "",
-        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
-        "one. Empty: none.",
-    )
-    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
-    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
-    ready_file: Path | None = setting(
-        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
-    )
-    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
 
     def __post_init__(self) -> None:
         require(
@@ -158,9 +146,7 @@ class Config(NetworkSettings, IdentitySettings):
         require(self.spill_limit_bytes >= 0, "spill_limit_bytes must be 0 or more")
         require(self.lost_seconds >= 0, "lost_seconds must be 0 or more")
         require(self.order_timeout_seconds > 0, "order_timeout_seconds must be more than 0")
-        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
-        check_metrics_listen(self.metrics_listen)
-        check_level(self.log_level)
+        self.check_daemon()
 
     @property
     def node_name(self) -> str:

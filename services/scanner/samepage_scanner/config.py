@@ -9,8 +9,7 @@ from pathlib import Path
 
 from samepage.daemon.config import require, setting
 from samepage.daemon.identity import IdentitySettings
-from samepage.daemon.logs import check_level
-from samepage.daemon.metrics import check_metrics_listen
+from samepage.daemon.settings import DaemonSettings
 from samepage.daemon.tls import NetworkSettings
 from samepage_scanner.attention import REST_MAX
 
@@ -25,7 +24,7 @@ _NODE = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 
 @dataclass(frozen=True)
-class Config(NetworkSettings, IdentitySettings):
+class Config(NetworkSettings, IdentitySettings, DaemonSettings):
     """Settings of one scanner. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -107,17 +106,6 @@ class Config(NetworkSettings, IdentitySettings):
         "Pages of all arenas that this scanner keeps books of, at 17 bytes each; "
         "an arena beyond is refused. 268435456 pages are 1 TiB.",
     )
-    metrics_listen: str = setting(
-        "",
-        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
-        "one. Empty: none.",
-    )
-    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
-    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
-    ready_file: Path | None = setting(
-        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
-    )
-    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
 
     def __post_init__(self) -> None:
         require(
@@ -130,9 +118,7 @@ class Config(NetworkSettings, IdentitySettings):
             require(getattr(self, name) > 0, f"{name} must be more than 0")
         self._check_policy()
         require(0 < self.pages_max <= 1 << 32, "pages_max must be 1 to 4294967296")
-        require(self.drain_seconds >= 0, "drain_seconds must not be negative")
-        check_metrics_listen(self.metrics_listen)
-        check_level(self.log_level)
+        self.check_daemon()
 
     def _check_policy(self) -> None:
         low, high = self.interval_seconds, self.interval_max_seconds

@@ -74,6 +74,7 @@ class NetworkSettings:
         "Address of the health service alone, host:port, without TLS: for probes. Port 0 takes "
         "any free one. Empty: none; it is always on the daemon's own addresses, for the others.",
     )
+    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
 
     def check_network(self, listen: Sequence[str], targets: Sequence[str] = ()) -> None:
         """Check these settings, and where the daemon serves and what it calls (empty: nothing).

@@ -6,10 +6,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from samepage.daemon.addresses import check_listen
 from samepage.daemon.config import require, setting
-from samepage.daemon.logs import check_level
-from samepage.daemon.metrics import check_metrics_listen
+from samepage_kubernetes.settings import KubernetesSettings
 
 SECTION = "device_plugin"
 
@@ -18,7 +16,7 @@ _COUNT_MAX = 1000
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(KubernetesSettings):
     """Settings of one node's device plugin. Raises ConfigError when one makes no sense."""
 
     kubelet_dir: Path = setting(
@@ -45,19 +43,9 @@ class Config:
     check_seconds: float = setting(
         1.0, "How often to look for the device and for a kubelet that restarted, in seconds."
     )
-    health_listen: str = setting(
-        "127.0.0.1:0",
-        "Address of the health service (gRPC), host:port. Port 0 takes any free one.",
-    )
-    metrics_listen: str = setting(
-        "",
-        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
-        "one. Empty: none.",
-    )
-    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
-    drain_seconds: float = setting(1.0, "How long calls in flight may go on when stopping.")
-    ready_file: Path | None = setting(
-        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
+
+    drain_seconds: float = setting(
+        1.0, "How long calls in flight may go on when stopping, in seconds."
     )
 
     def __post_init__(self) -> None:
@@ -68,10 +56,7 @@ class Config:
         require(self.device.is_absolute(), f"device must be an absolute path, not {self.device}")
         require(1 <= self.count <= _COUNT_MAX, f"count must be 1 to {_COUNT_MAX}")
         require(self.check_seconds > 0, "check_seconds must be more than 0")
-        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
-        check_listen(self.health_listen)
-        check_metrics_listen(self.metrics_listen)
-        check_level(self.log_level)
+        self.check_kubernetes()
 
     @property
     def endpoint(self) -> str:

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from samepage.daemon.addresses import UNIX, check_listen
 from samepage.daemon.config import require, setting
-from samepage.daemon.logs import check_level
-from samepage.daemon.metrics import check_metrics_listen
+from samepage_kubernetes.settings import KubernetesSettings
 
 SECTION = "webhook"
 
@@ -18,7 +17,7 @@ _EXPIRATION_MAX = 1 << 32
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(KubernetesSettings):
     """Settings of the webhook. Raises ConfigError when one makes no sense."""
 
     listen: str = setting(
@@ -49,24 +48,9 @@ class Config:
     token_expiration_seconds: int = setting(
         3600, "How long a token is good, in seconds, at least 600. The kubelet renews it before."
     )
-    health_listen: str = setting(
-        "127.0.0.1:0",
-        "Address of the health service (gRPC), host:port. Port 0 takes any free one.",
-    )
-    metrics_listen: str = setting(
-        "",
-        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
-        "one. Empty: none.",
-    )
-    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
-    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
-    ready_file: Path | None = setting(
-        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
-    )
 
     def __post_init__(self) -> None:
-        for address in (self.listen, self.health_listen):
-            check_listen(address)
+        check_listen(self.listen)
         require(not self.listen.startswith(UNIX), f"listen must be host:port, not {self.listen}")
         for name in ("socket_dir", "mount_dir", "token_dir"):
             path = getattr(self, name)
@@ -76,6 +60,4 @@ class Config:
             _EXPIRATION_MIN <= self.token_expiration_seconds <= _EXPIRATION_MAX,
             f"token_expiration_seconds must be {_EXPIRATION_MIN} or more",
         )
-        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
-        check_metrics_listen(self.metrics_listen)
-        check_level(self.log_level)
+        self.check_kubernetes()

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from samepage.daemon.config import require, setting
-from samepage.daemon.logs import check_level
-from samepage.daemon.metrics import check_metrics_listen
+from samepage.daemon.settings import DaemonSettings
 from samepage.daemon.tls import NetworkSettings
 from samepage.rpc import ARENAS_SOCKET
 from samepage.sizes import memory_bytes
@@ -17,7 +16,7 @@ SECTION = "arenas"
 
 
 @dataclass(frozen=True)
-class Config(NetworkSettings):
+class Config(NetworkSettings, DaemonSettings):
     """Settings of one host's helper. Raises ConfigError when one makes no sense."""
 
     node: str = setting(
@@ -48,17 +47,6 @@ class Config(NetworkSettings):
     idle_seconds: float = setting(
         60.0, "How long a stream may stand still for its client before it is ended, in seconds."
     )
-    metrics_listen: str = setting(
-        "",
-        "Address of Prometheus metrics over HTTP, host:port, at /metrics. Port 0 takes any free "
-        "one. Empty: none.",
-    )
-    log_level: str = setting("info", "Lowest level logged: debug, info, warning or error.")
-    drain_seconds: float = setting(5.0, "How long calls in flight may go on when stopping.")
-    ready_file: Path | None = setting(
-        None, "File that gets the service's addresses as JSON once it serves. Empty: none."
-    )
-    reflection: bool = setting(False, "Whether to offer gRPC server reflection.")
 
     def __post_init__(self) -> None:
         self.check_network([self.listen])
@@ -66,9 +54,7 @@ class Config(NetworkSettings):
         require(self.arenas_max >= 1, "arenas_max must be 1 or more")
         require(self.streams_max >= 1, "streams_max must be 1 or more")
         require(self.idle_seconds > 0, "idle_seconds must be more than 0")
-        require(self.drain_seconds >= 0, "drain_seconds must be 0 or more")
-        check_metrics_listen(self.metrics_listen)
-        check_level(self.log_level)
+        self.check_daemon()
 
     @property
     def node_name(self) -> str:
