@@ -26,7 +26,10 @@ PROTOS = $(sort $(wildcard $(GENERATED:%=proto/%/*.proto)))
 PROTOC = PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto
 
 KUBE_SOURCE := tests/kube/binaries
-KUBE_CACHE ?= $(abspath .cache/kubernetes)
+# Kept outside of the checkout, one folder a version: building it takes ten minutes.
+KUBE_CACHE ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/samepage/kubernetes
+KUBE_FLAGS := $(foreach part,Version=v1.36.3 Major=1 Minor=36,-X k8s.io/component-base/version.git$(part))
+KUBE_BINARIES = $(KUBE_CACHE)/$(shell cat $(KUBE_SOURCE)/go.* <(echo '$(KUBE_FLAGS)') | sha256sum | cut -c 1-12)
 
 # Where there is no Go, the tests of the Go client are skipped.
 GO ?= $(firstword $(shell command -v go) $(wildcard /usr/local/go/bin/go))
@@ -98,9 +101,12 @@ images: ## Build the container images, with buildah or docker (see tools/images)
 	@tools/images
 
 .PHONY: image-test
-image-test: $(STAMPS)/dev $(STAMPS)/system-images $(IMAGE_CACHE)/base.tar ## Build the images without a registry, and try them
-	@IMAGE_BASE_TAR=$(IMAGE_CACHE)/base.tar tools/images
+image-test: local-images ## Build the images without a registry, and try them
 	@$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
+
+.PHONY: local-images
+local-images: $(STAMPS)/dev $(STAMPS)/system-images $(IMAGE_CACHE)/base.tar
+	@IMAGE_BASE_TAR=$(IMAGE_CACHE)/base.tar tools/images
 
 $(IMAGE_CACHE)/base.tar: tools/image-base | $(STAMPS)/system-images
 	@echo "==> making a root file system of Debian"
@@ -166,11 +172,23 @@ chaos: $(STAMPS)/dev $(STAMPS)/system-test native ## Let hosts, links and servic
 	    $(BIN)/python -m pytest -s tests/chaos $(PYTEST_ARGS)
 
 .PHONY: kube-test
-kube-test: $(STAMPS)/dev $(STAMPS)/system-kube $(STAMPS)/system-images $(STAMPS)/chart-tools \
-    $(KUBE_CACHE)/stamp $(IMAGE_CACHE)/base.tar ## Install the chart on a real Kubernetes, and use it
-	@IMAGE_BASE_TAR=$(IMAGE_CACHE)/base.tar tools/images
-	@SAMEPAGE_HELM=$(GO_BIN)/helm SAMEPAGE_KUBE_BINARIES=$(KUBE_CACHE)/bin \
-	    $(BIN)/python -m pytest tests/kube $(PYTEST_ARGS)
+kube-test: $(STAMPS)/system-kube $(STAMPS)/chart-tools local-images ## Install the chart on a real Kubernetes, and use it
+	@$(MAKE) $(KUBE_BINARIES)/kubernetes-built
+	@SAMEPAGE_KUBE_BINARIES=$(KUBE_BINARIES) $(BIN)/python -m pytest tests/kube/test_kube.py $(PYTEST_ARGS)
+
+.PHONY: pods-test
+pods-test: $(STAMPS)/system-pods $(STAMPS)/chart-tools local-images ## Use the chart's pods without a control plane, by podman
+	@$(BIN)/python -m pytest tests/kube/test_pods.py $(PYTEST_ARGS)
+
+.PHONY: kube-ci
+kube-ci: ## kube-test where its Kubernetes is built already, else pods-test
+	@if [ -e $(KUBE_BINARIES)/kubernetes-built ]; then \
+	    echo "==> Kubernetes is in $(KUBE_CACHE): running the whole story, kube-test"; \
+	    $(MAKE) kube-test; \
+	else \
+	    echo "==> no Kubernetes in $(KUBE_CACHE): running the short form, pods-test"; \
+	    $(MAKE) pods-test; \
+	fi
 
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/
@@ -196,11 +214,10 @@ $(STAMPS)/go-tools: tests/clients/tools/go.mod tests/clients/tools/go.sum
 	@touch $@
 
 # Built once, for some ten minutes, and kept over `make clean`.
-KUBE_FLAGS := $(foreach part,Version=v1.36.3 Major=1 Minor=36,-X k8s.io/component-base/version.git$(part))
-$(KUBE_CACHE)/stamp: $(KUBE_SOURCE)/go.mod $(KUBE_SOURCE)/go.sum
-	@echo "==> building Kubernetes into $(KUBE_CACHE)"
-	@mkdir -p $(KUBE_CACHE)/bin
-	@GOBIN=$(KUBE_CACHE)/bin CGO_ENABLED=0 $(GO) -C $(KUBE_SOURCE) install -p 2 \
+%/kubernetes-built:
+	@echo "==> building Kubernetes into $(@D)"
+	@mkdir -p $(@D)
+	@GOBIN=$(@D) CGO_ENABLED=0 $(GO) -C $(KUBE_SOURCE) install -p 2 \
 	    -ldflags='-s -w $(KUBE_FLAGS)' tool
 	@touch $@
 

@@ -117,6 +117,7 @@ NEEDS = {
     "buildah": Need(
         lambda: all(map(shutil.which, ("buildah", "mmdebstrap"))), False, "no buildah, mmdebstrap"
     ),
+    "podman": Need(lambda: all(map(shutil.which, ("podman", "runc"))), False, "no podman, runc"),
     "chart_tools": Need(_installed("go", "bin", "helm"), False, "no helm (make test builds it)"),
     "checkov": Need(
         _installed("checkov", "bin", "checkov"), False, "no checkov (make test has it)"

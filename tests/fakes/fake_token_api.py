@@ -16,6 +16,10 @@ REVIEWER = "the token of the daemons"
 class FakeTokenApi:
     """Start it inside an event loop.
 
+    Args:
+        directory: for the files that the daemons want.
+        host: the address to listen on.
+
     Attributes:
         tokens: token -> (audience, user name, extra); others are forged.
         reviews: the tokens asked about so far.
@@ -23,7 +27,7 @@ class FakeTokenApi:
         answer: what to answer instead of a review; None: a review.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, host: str = "127.0.0.1") -> None:
         self.tokens: dict[str, tuple[str, str, dict[str, list[str]]]] = {}
         self.reviews: list[str] = []
         self.status = 0
@@ -31,7 +35,8 @@ class FakeTokenApi:
         self.ca_file = directory / "api-ca.crt"
         self.token_file = directory / "api-token"
         self.token_file.write_text(REVIEWER + "\n")
-        self._port = 0
+        self.host = host
+        self.port = 0
         self._runner: web.AppRunner | None = None
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self.renew()
@@ -41,7 +46,7 @@ class FakeTokenApi:
         """The daemons' settings for it."""
         return {
             "identity": "token",
-            "token_api": f"https://127.0.0.1:{self._port}",
+            "token_api": f"https://{self.host}:{self.port}",
             "token_api_ca_file": self.ca_file,
             "token_api_token_file": self.token_file,
         }
@@ -58,7 +63,7 @@ class FakeTokenApi:
     def renew(self) -> None:
         """A certificate of a new authority."""
         authority = trustme.CA()
-        authority.issue_cert("127.0.0.1").configure_cert(self._context)
+        authority.issue_cert(self.host).configure_cert(self._context)
         self.ca_file.write_bytes(authority.cert_pem.bytes())
 
     async def start(self) -> None:
@@ -67,9 +72,9 @@ class FakeTokenApi:
         application.router.add_post(PATH, self._review)
         self._runner = web.AppRunner(application)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=self._context)
+        site = web.TCPSite(self._runner, self.host, self.port, ssl_context=self._context)
         await site.start()
-        self._port = self._runner.addresses[0][1]
+        self.port = self._runner.addresses[0][1]
 
     async def stop(self) -> None:
         """Be away."""

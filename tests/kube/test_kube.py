@@ -7,173 +7,204 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import trustme
+import yaml
+from helpers.chart import CHART, TOOLS
+from kube import certificates, figures, job
+from kube.cluster import Cluster
 from kube.machine import run
-from kube.node import Node
 
-from samepage.daemon.roles import Role
-
-ROOT = Path(__file__).parents[2]
 NAMESPACE = "samepage"
-VERSION = "0.1.0"
-REPLICAS = 4
-TABLE_BYTES = 64 << 20
 AGENT = "app.kubernetes.io/component=agent"
+JOB = "app=embeddings"
+OTHER = "other"
+STORE = Path("/dev/shm/samepage")
+SUCCEEDED = ("--for=jsonpath={.status.phase}=Succeeded", "--timeout=60s")
+INTACT = job.intact()
 IMAGES = ("scanner", "merger", "index", "kubernetes")
 
-pytestmark = [pytest.mark.needs("root", "userfaultfd"), pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.needs("root", "away", "netns", "chart_tools"), pytest.mark.timeout(1200)]
 
 
 class Chart:
     """Helm, and what it has installed."""
 
-    def __init__(self, node: Node) -> None:
-        self._node = node
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
 
     def helm(self, *arguments: str) -> str:
         """Run helm in the chart's namespace."""
-        helm = os.environ["SAMEPAGE_HELM"]
-        place = ("--kubeconfig", str(self._node.kubeconfig), "--namespace", NAMESPACE)
-        return run(helm, *place, *arguments)
+        place = ("--kubeconfig", self._cluster.kubeconfig, "--namespace", NAMESPACE)
+        return run(TOOLS / "helm", *place, *arguments)
 
     def install(self, command: str, *settings: str) -> None:
         """Install or upgrade it with all hardening, and wait until all of it runs."""
-        roles = {f"tls.existingSecrets.{role}": f"tls-{role}" for role in _ROLES}
+        roles = {f"tls.existingSecrets.{role}": f"tls-{role}" for role in certificates.ROLES}
         values = {"recommendations.enabled": "true", "tls.mode": "existingSecrets", **roles}
         sets = [f"--set={name}={value}" for name, value in values.items()]
         extra = [f"--set={setting}" for setting in settings]
-        self.helm(command, "samepage", str(ROOT / "deploy/helm/samepage"), *sets, *extra)
+        self.helm(command, "samepage", str(CHART), *sets, *extra)
         self.rolled_out()
 
     def rolled_out(self) -> None:
         """Wait until the new version runs everywhere."""
         for kind in ("daemonset/samepage-agent", "deployment/samepage-index"):
-            self._node.kubectl("-n", NAMESPACE, "rollout", "status", kind, "--timeout=240s")
+            self._cluster.kubectl("-n", NAMESPACE, "rollout", "status", kind, "--timeout=240s")
 
-
-_ROLES = (Role.SCANNER, Role.MERGER, Role.INDEX)
+    def domains(self) -> dict[str, dict[str, Any]]:
+        """Return the merger's account of each domain, by its name."""
+        place = ("-n", NAMESPACE, "exec", "daemonset/samepage-agent", "-c", "merger", "--")
+        said = json.loads(self._cluster.kubectl(*place, "samepage", "status", "--json"))
+        return {domain["name"]: domain for domain in said["hosts"][0]["account"]["domains"]}
 
 
 @pytest.fixture(scope="module")
-def node(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Node]:
-    directory = tmp_path_factory.mktemp("node")
-    with Node(directory, Path(os.environ["SAMEPAGE_KUBE_BINARIES"])) as node:
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    directory = tmp_path_factory.mktemp("cluster")
+    with Cluster(directory, Path(os.environ["SAMEPAGE_KUBE_BINARIES"])) as cluster:
         for image in IMAGES:
-            load(node, f"localhost/samepage-{image}:{VERSION}")
-        yield node
+            cluster.load(f"localhost/samepage-{image}:{job.VERSION}")
+        yield cluster
 
 
 @pytest.fixture(scope="module")
-def chart(node: Node) -> Chart:
-    return Chart(node)
+def chart(cluster: Cluster) -> Chart:
+    return Chart(cluster)
 
 
-def load(node: Node, image: str) -> None:
-    """Bring an image from buildah's storage to the node's."""
-    archive = node.directory / "image.tar"
-    run("buildah", "push", "--quiet", image, f"docker-archive:{archive}:{image}")
-    node.ctr("image", "import", archive)
-    archive.unlink()
-
-
-def pods(node: Node, label: str, namespace: str = "default") -> list[dict[str, Any]]:
-    listed = node.kubectl("-n", namespace, "get", "pods", "-l", label, "-o", "json")
+def pods(cluster: Cluster, label: str, namespace: str = "default") -> list[dict[str, Any]]:
+    listed = cluster.kubectl("-n", namespace, "get", "pods", "-l", label, "-o", "json")
     items: list[dict[str, Any]] = json.loads(listed)["items"]
     return items
 
 
-def serving(node: Node, namespace: str = "default") -> list[tuple[str, int]]:
-    """What each replica of the job said last: its digest, and how many pages are shared."""
-    found = []
-    for pod in pods(node, "app=embeddings", namespace):
-        log = node.kubectl("-n", namespace, "logs", pod["metadata"]["name"], "--tail=1")
-        said = re.fullmatch(r"serving (\w{64}) (\d+)", log.strip())
-        found.append((said[1], int(said[2])) if said else ("", 0))
-    return found
+def placed(cluster: Cluster, label: str, namespace: str = "default") -> set[str]:
+    """The nodes that pods are on."""
+    return {pod["spec"].get("nodeName", "") for pod in pods(cluster, label, namespace)}
 
 
-def restarts(node: Node) -> int:
+def serving(cluster: Cluster, namespace: str = "default") -> list[job.Said]:
+    """What each replica of the job says next."""
+    names = [pod["metadata"]["name"] for pod in pods(cluster, JOB, namespace)]
+    last = ("logs", "--tail=1", "--timestamps")
+
+    def look() -> list[job.Said]:
+        return [job.said(cluster.kubectl("-n", namespace, *last, name)) for name in names]
+
+    return job.said_next(look, cluster.until)
+
+
+def restarts(cluster: Cluster) -> int:
     return sum(
         status["restartCount"]
-        for pod in pods(node, "app=embeddings")
+        for pod in pods(cluster, JOB)
         for status in pod["status"]["containerStatuses"]
     )
 
 
-def memory(node: Node) -> int:
-    """Bytes of anonymous memory and a fair share of the store, of all the job's processes."""
-    total = 0
-    for pod in pods(node, "app=embeddings"):
-        uid = pod["metadata"]["uid"]
-        for group in Path("/sys/fs/cgroup/memory").rglob(f"pod{uid}"):
-            for file in group.rglob("cgroup.procs"):
-                for pid in file.read_text().split():
-                    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-                    total += 1024 * sum(
-                        int(kib) for kib in re.findall(r"^Pss_(?:Anon|Shmem): +(\d+)", rollup, re.M)
-                    )
-    return total
+def processes(cluster: Cluster, namespace: str = "default") -> list[int]:
+    """The job's processes, of all its replicas in a namespace."""
+    found = pods(cluster, JOB, namespace)
+    return [pid for pod in found for pid in figures.processes(f"pod{pod['metadata']['uid']}")]
 
 
-def unharmed(node: Node) -> bool:
-    """Whether every replica still says the same digest, and never ended."""
-    said = serving(node)
-    return len(said) == REPLICAS and len({digest for digest, _ in said} - {""}) == 1
+def run_pod(
+    cluster: Cluster, namespace: str, spec: job.Spec, labels: dict[str, str] | None = None
+) -> Any:
+    """What a pod printed until its end, as JSON."""
+    name = spec["containers"][0]["name"]
+    metadata = {"name": name, "labels": labels or {}}
+    pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+    cluster.kubectl("-n", namespace, "create", "-f", "-", text=json.dumps(pod))
+    cluster.kubectl("-n", namespace, "wait", f"pod/{name}", *SUCCEEDED)
+    said = json.loads(cluster.kubectl("-n", namespace, "logs", name))
+    cluster.kubectl("-n", namespace, "delete", "pod", name)
+    return said
 
 
-def test_the_chart_installs_with_all_hardening(node: Node, chart: Chart) -> None:
-    node.kubectl("create", "namespace", NAMESPACE)
-    ca = trustme.CA()
-    for role in _ROLES:
-        issued = ca.issue_cert(role.dns_name)
-        files = {
-            "tls.crt": b"".join(pem.bytes() for pem in issued.cert_chain_pems),
-            "tls.key": issued.private_key_pem.bytes(),
-            "ca.crt": ca.cert_pem.bytes(),
-        }
-        secret = {
-            "apiVersion": "v1",
-            "kind": "Secret",
-            "metadata": {"name": f"tls-{role}"},
-            "stringData": {name: content.decode() for name, content in files.items()},
-        }
-        node.kubectl("-n", NAMESPACE, "apply", "-f", "-", text=json.dumps(secret))
+def digests(cluster: Cluster) -> list[str]:
+    """Of each replica's table, as it is now."""
+    return [said.digest for said in serving(cluster)]
+
+
+def test_the_chart_installs_with_all_hardening(cluster: Cluster, chart: Chart) -> None:
+    cluster.kubectl("create", "namespace", NAMESPACE)
+    for user, files in certificates.secrets().items():
+        metadata = {"name": f"tls-{user}"}
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": metadata, "stringData": files}
+        cluster.kubectl("-n", NAMESPACE, "apply", "-f", "-", text=json.dumps(secret))
     chart.install("install")
     assert "Succeeded" in chart.helm("test", "samepage", "--timeout=180s")
 
 
-def test_a_job_is_stored_once(node: Node, chart: Chart) -> None:
-    node.kubectl("apply", "-f", ROOT / "deploy/examples/embeddings.yaml")
-    node.kubectl("rollout", "status", "deployment/embeddings", "--timeout=180s")
-    pages = TABLE_BYTES // 4096
-    node.until(
+def test_a_job_is_stored_once(cluster: Cluster, chart: Chart) -> None:
+    cluster.kubectl("apply", "-f", job.EXAMPLE)
+    cluster.kubectl("rollout", "status", "deployment/embeddings", "--timeout=180s")
+    cluster.until(
         "the job's memory is shared",
-        lambda: [shared >= 0.99 * pages for _, shared in serving(node)] == [True] * REPLICAS,
+        lambda: all(said.shared >= 0.99 * job.PAGES for said in serving(cluster)),
     )
-    assert unharmed(node)
-    assert memory(node) < 2 * TABLE_BYTES
+    assert digests(cluster) == INTACT
+    mapped = figures.mapped(processes(cluster), STORE)
+    assert mapped.files == 1
+    assert mapped.resident > 0.99 * job.REPLICAS * job.TABLE_BYTES
+    assert mapped.fair < 1.01 * job.TABLE_BYTES
 
 
-def test_the_kubelet_restarts(node: Node, chart: Chart) -> None:
-    node.restart_kubelet()
+def test_another_namespace_shares_nothing(cluster: Cluster, chart: Chart) -> None:
+    cluster.kubectl("create", "namespace", OTHER)
+    manifests = yaml.safe_dump_all(job.manifests(replicas=1))
+    cluster.kubectl("-n", OTHER, "apply", "-f", "-", text=manifests)
+    cluster.kubectl("-n", OTHER, "rollout", "status", "deployment/embeddings", "--timeout=180s")
+    (said,) = serving(cluster, OTHER)
+    assert (said.digest, said.shared) == (INTACT[0], 0)
+    assert figures.mapped(processes(cluster, OTHER), STORE) == (0, 0, 0)
+    domains = chart.domains()
+    assert domains[OTHER]["arenas"] == 1
+    assert domains[OTHER]["shared_pages"] == domains[OTHER]["saved_bytes"] == 0
+    assert domains["default"]["saved_bytes"] > 2.9 * job.TABLE_BYTES
+
+
+def test_who_cannot_say_who_it_is_gets_nothing(cluster: Cluster, chart: Chart) -> None:
+    """In the other namespace, with what a pod there can have: tokens of its own, and none."""
+    outcomes = run_pod(cluster, OTHER, job.program("impostor"))
+    assert outcomes.pop("own") == OTHER
+    assert outcomes.keys() == job.REFUSALS.keys()
+    assert all(text in outcomes[token] for token, text in job.REFUSALS.items()), outcomes
+    cluster.kubectl("delete", "namespace", OTHER)
+    assert digests(cluster) == INTACT
+
+
+def test_an_arena_is_cloned_to_another_node(cluster: Cluster, chart: Chart) -> None:
+    name = cluster.join().name
+    cluster.until("it has an agent", lambda: name in placed(cluster, AGENT, NAMESPACE))
     chart.rolled_out()
-    assert unharmed(node)
-    assert restarts(node) == 0
+    source = f"{cluster.nodes[0].name}/embeddings-{pods(cluster, JOB)[0]['metadata']['name']}"
+    copies = run_pod(cluster, "default", job.program("cloner", source) | {"nodeName": name})
+    assert copies["whole"]["digest"] == copies["lazy"]["digest"] == INTACT[0]
+    whole = copies["whole"]
+    assert (whole["local"], whole["fetched"]) == (0, job.TABLE_BYTES)
+    assert digests(cluster) == INTACT
 
 
-def test_the_agents_are_rolled(node: Node, chart: Chart) -> None:
+def test_the_kubelet_restarts(cluster: Cluster, chart: Chart) -> None:
+    cluster.restart_kubelet()
+    chart.rolled_out()
+    assert digests(cluster) == INTACT
+    assert restarts(cluster) == 0
+
+
+def test_the_agents_are_rolled(cluster: Cluster, chart: Chart) -> None:
     for image in ("merger", "scanner"):
         name = f"localhost/samepage-{image}"
-        run("buildah", "tag", f"{name}:{VERSION}", f"{name}:next")
-        load(node, f"{name}:next")
-    before = {pod["metadata"]["uid"] for pod in pods(node, AGENT, NAMESPACE)}
-    node.kubectl(
+        run("buildah", "tag", f"{name}:{job.VERSION}", f"{name}:next")
+        cluster.load(f"{name}:next")
+    before = {pod["metadata"]["uid"] for pod in pods(cluster, AGENT, NAMESPACE)}
+    cluster.kubectl(
         "-n",
         NAMESPACE,
         "set",
@@ -183,25 +214,35 @@ def test_the_agents_are_rolled(node: Node, chart: Chart) -> None:
         "scanner=localhost/samepage-scanner:next",
     )
     chart.rolled_out()
-    assert not before & {pod["metadata"]["uid"] for pod in pods(node, AGENT, NAMESPACE)}
-    node.until("the job is shared still", lambda: all(shared for _, shared in serving(node)))
-    assert unharmed(node)
-    assert restarts(node) == 0
+    assert not before & {pod["metadata"]["uid"] for pod in pods(cluster, AGENT, NAMESPACE)}
+    cluster.until("the job is shared still", lambda: all(said.shared for said in serving(cluster)))
+    assert digests(cluster) == INTACT
+    assert restarts(cluster) == 0
 
 
-def test_it_is_upgraded_and_rolled_back(node: Node, chart: Chart) -> None:
-    chart.install("upgrade", "agent.merger.config.headroom_percent=50")
-    assert unharmed(node)
+def test_it_is_upgraded_and_rolled_back(cluster: Cluster, chart: Chart) -> None:
+    """To a chart with the webhook, with which a label is all that a pod needs."""
+    secret = ("-n", NAMESPACE, "get", "secret", "tls-webhook", "-o", r"jsonpath={.data.ca\.crt}")
+    chart.install(
+        "upgrade",
+        "agent.merger.config.headroom_percent=50",
+        "webhook.enabled=true",
+        "webhook.certificate.existingSecret=tls-webhook",
+        f"webhook.certificate.caBundle={cluster.kubectl(*secret)}",
+    )
+    webhook = "deployment/samepage-webhook"
+    cluster.kubectl("-n", NAMESPACE, "rollout", "status", webhook, "--timeout=120s")
+    labels = {"samepage.io/inject": "true"}
+    assert run_pod(cluster, "default", job.bare("labelled"), labels) == "default"
+    assert digests(cluster) == INTACT
     chart.helm("rollback", "samepage", "1")
     chart.rolled_out()
-    assert unharmed(node)
-    assert restarts(node) == 0
+    assert digests(cluster) == INTACT
+    assert restarts(cluster) == 0
 
 
-def test_it_is_uninstalled_under_the_job(node: Node, chart: Chart) -> None:
-    said = serving(node)
+def test_it_is_uninstalled_under_the_job(cluster: Cluster, chart: Chart) -> None:
     chart.helm("uninstall", "samepage", "--wait", "--timeout=120s")
-    node.until("the agents are gone", lambda: not pods(node, AGENT, NAMESPACE))
-    assert [digest for digest, _ in serving(node)] == [digest for digest, _ in said]
-    assert unharmed(node)
-    assert restarts(node) == 0
+    cluster.until("the agents are gone", lambda: not pods(cluster, AGENT, NAMESPACE))
+    assert digests(cluster) == INTACT
+    assert restarts(cluster) == 0
