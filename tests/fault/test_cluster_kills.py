@@ -27,6 +27,8 @@ CLONES = ("clone", "lazy clone", "migrate")
 EVICTING = [name for name in FAILPOINTS if name.split(".")[0] in ("evict", "return", "spill")]
 HOLDING = ["leases.granted", "pages.held", "pages.released"]
 MIGRATING = [name for name in FAILPOINTS if name.startswith("migrate.")] + [
+    "snapshot.looked",
+    "snapshot.held",
     "snapshot.frozen",
     "snapshot.leaving",
     "snapshot.left",
@@ -37,10 +39,10 @@ KILLS = [
     ("host-1/merger", "clone", "clone.fetched"),
     ("host-1/merger", "lazy clone", "clone.told"),
     ("host-1/merger", "migrate", "migrate.frozen"),
-    ("host-2/merger", "clone", "snapshot.held"),
+    ("host-2/merger", "clone", "snapshot.offered"),
     ("host-2/merger", "migrate", "snapshot.leaving"),
     ("host-2/merger", "lazy clone", "snapshot.ended"),
-    ("host-1/scanner", "clone", "snapshot.looked"),
+    ("host-1/scanner", "clone", "snapshot.read"),
     ("host-2/scanner", "clone", "clone.opened"),
     ("host-2/scanner", "migrate", "migrate.round"),
     ("host-1/arenas", "clone", "pages.found"),

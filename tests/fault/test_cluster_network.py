@@ -163,9 +163,10 @@ def test_clone_of_what_is_not_there(cluster: World) -> None:
 @pytest.mark.parametrize("call", CLONES)
 def test_clone_of_an_arena_that_is_being_closed(cluster: World, call: str) -> None:
     source = cluster.create(1, PAGES)
-    cluster.lay("snapshot.looked", "sleep 0.3")
+    at = "snapshot.read" if call == "clone" else "snapshot.looked"
+    cluster.lay(at, "sleep 0.3")
     cluster.start_clone(call, source, 2)
-    cluster.await_acted("snapshot.looked")
+    cluster.await_acted(at)
     cluster.close(source)
     cluster.copy_or_nothing(2, source)
 

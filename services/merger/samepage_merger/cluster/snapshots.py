@@ -287,10 +287,10 @@ class Snapshots:
         data = await offers.buffer()
         pages = np.arange(first, min(arena.pages, first + OFFER_PAGES))
         digests, prints = await self._looker.read(arena, pages, data)
-        failpoint("snapshot.looked")
+        failpoint("snapshot.read")
         _check_lease(snapshot)
         offers.add(first, digests, data)
-        failpoint("snapshot.held")
+        failpoint("snapshot.offered")
         return Stretch(first, digests, prints)
 
     async def _round(
