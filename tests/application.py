@@ -391,6 +391,22 @@ class Served:
         self.views[name] = self.arenas[name].buffer
         return told
 
+    def clone_until_interrupted(self, source: str, name: str) -> bool:
+        """Whether KeyboardInterrupt ends a clone; SIGINT is to come in the middle of it."""
+        try:
+            self.node.clone_arena(source, name)
+        except KeyboardInterrupt:
+            return True
+        return False
+
+    def clone_until_told(self, source: str, name: str) -> None:
+        """Clone, until the first progress, of which the callback raises."""
+
+        def refuse(_: object) -> None:
+            raise LookupError("enough")
+
+        self.node.clone_arena(source, name, progress=refuse)
+
     def evict(self, name: str) -> dict[str, int]:
         """Have the merger evict an arena."""
         from dataclasses import asdict

@@ -98,6 +98,9 @@ struct sp_clone_options {
 	const char *domain;	  /* NULL: "default" */
 	uint32_t flags;		  /* enum sp_clone_flag */
 	uint32_t max_freeze_ms;	  /* SP_CLONE_MIGRATE: for how long writers may have to wait */
+	/* NULL, or what another thread or a signal handler may set to something else than 0 to give
+	 * the call up; it is looked at every 50 ms */
+	const volatile int *give_up;
 };
 
 /* Bits of enum sp_feature that this process can use. `dir` is the daemons' socket directory and
@@ -145,7 +148,8 @@ int sp_arena_create(struct sp_node *node, const char *name, const char *domain, 
  * -EINVAL, -EEXIST, -ENOMEM: as sp_arena_create(). -ENOENT: no such host or arena. -ENOTCONN,
  * -EAGAIN: the merger, or the other host, is away. -ENOTSUP: the kernel or the merger lacks what it
  * takes. -EBUSY: pages of the source are pinned for I/O. -ETIMEDOUT: it took longer, or its writers
- * would have had to wait for longer than max_freeze_ms. */
+ * would have had to wait for longer than max_freeze_ms. -ECANCELED: it was given up; no more possible
+ * when an arena that migrates is being made here. */
 int sp_arena_clone(struct sp_node *node, const struct sp_clone_options *options, int timeout_ms,
 		   void (*progress)(const struct sp_clone_progress *progress, void *context),
 		   void *context, struct sp_arena **arena);

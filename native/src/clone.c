@@ -165,7 +165,10 @@ int sp_arena_clone(struct sp_node *node, const struct sp_clone_options *options,
 				 .freeze_ms = options->max_freeze_ms,
 				 .tell = progress,
 				 .context = context};
-	struct sp_request request = {.kind = SP_REQUEST_CLONE, .answer = &clone, .told = tell};
+	struct sp_request request = {.kind = SP_REQUEST_CLONE,
+				     .answer = &clone,
+				     .told = tell,
+				     .give_up = options->give_up};
 	struct sp_request drop = {.kind = SP_REQUEST_DROP}, add = {.kind = SP_REQUEST_ADD};
 	int error = check_source(clone.host, clone.source, clone.flags);
 

@@ -10,6 +10,7 @@
 #include "error.h"
 
 #define CLOSED "the connection is closed"
+#define LOOK_MS 50
 
 int sp_mailbox_init(struct sp_mailbox *mailbox)
 {
@@ -86,11 +87,32 @@ static void tell_caller(struct sp_mailbox *mailbox, struct sp_request *request)
 	pthread_mutex_lock(&mailbox->lock);
 }
 
+static bool is_before(const struct timespec *one, const struct timespec *other)
+{
+	return one->tv_sec != other->tv_sec ? one->tv_sec < other->tv_sec
+					    : one->tv_nsec < other->tv_nsec;
+}
+
+/* Wait for a change, until the deadline (NULL: for ever), or until it is time to see again whether
+ * the request is given up. */
+static void wait_for_change(struct sp_mailbox *mailbox, const struct sp_request *request,
+			    const struct timespec *deadline)
+{
+	struct timespec until = deadline_after(LOOK_MS);
+
+	if (deadline && (!request->give_up || is_before(deadline, &until)))
+		until = *deadline;
+	if (deadline || request->give_up)
+		pthread_cond_timedwait(&mailbox->changed, &mailbox->lock, &until);
+	else
+		pthread_cond_wait(&mailbox->changed, &mailbox->lock);
+}
+
 int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int timeout_ms)
 {
-	struct timespec deadline = deadline_after(timeout_ms < 0 ? 0 : timeout_ms);
+	struct timespec deadline = deadline_after(timeout_ms < 0 ? 0 : timeout_ms), now;
 	struct sp_request **end = &mailbox->first;
-	int result = 0;
+	bool late = false, given_up = false;
 
 	request->state = SP_NEW;
 	request->news = false;
@@ -110,16 +132,19 @@ int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int 
 			tell_caller(mailbox, request);
 			continue;
 		}
-		if (timeout_ms < 0 || result == ETIMEDOUT || request->firm)
-			pthread_cond_wait(&mailbox->changed, &mailbox->lock);
-		else
-			result = pthread_cond_timedwait(&mailbox->changed, &mailbox->lock, &deadline);
-		if (result == ETIMEDOUT && !request->firm &&
+		wait_for_change(mailbox, request,
+				timeout_ms < 0 || late || request->firm ? NULL : &deadline);
+		now = deadline_after(0);
+		late = timeout_ms >= 0 && !is_before(&now, &deadline);
+		given_up = request->give_up && *request->give_up;
+		if ((late || given_up) && !request->firm &&
 		    (request->state == SP_NEW || request->state == SP_WAITING))
 			break;
 	}
 	unlink_request(mailbox, request);
 	pthread_mutex_unlock(&mailbox->lock);
+	if (request->state != SP_DONE && given_up)
+		return sp_fail(-ECANCELED, "it was given up");
 	if (request->state != SP_DONE)
 		return sp_fail(-ETIMEDOUT, "no answer within %d ms; ask again, or wait longer",
 			       timeout_ms);

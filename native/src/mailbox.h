@@ -45,6 +45,7 @@ struct sp_request {
 	uint32_t seq; /* of the message whose answer is awaited */
 	int result;
 	bool firm;		    /* not withdrawn, whatever its caller's patience */
+	const volatile int *give_up; /* when not NULL: withdrawn when it is not 0 any more */
 	bool news;		    /* `progress` is new to its caller */
 	struct sp_clone_progress progress;
 	/* called in the caller's thread when there are news */
@@ -66,7 +67,7 @@ int sp_mailbox_init(struct sp_mailbox *mailbox);
 void sp_mailbox_destroy(struct sp_mailbox *mailbox);
 
 /* Hand in a request and wait for its result, at most timeout_ms (-1: for ever). Sets the error
- * text. -ETIMEDOUT. */
+ * text. -ETIMEDOUT; -ECANCELED: it was given up. */
 int sp_mailbox_call(struct sp_mailbox *mailbox, struct sp_request *request, int timeout_ms);
 
 /* Wake the worker. */

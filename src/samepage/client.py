@@ -100,8 +100,8 @@ class Node:
             domain: of both; default: this process's own, as for `create_arena`.
             lazy: return at once; pages come when they are touched, and in the background.
             timeout: seconds. A clone that takes longer leaves nothing behind.
-            progress: called with how far it is, as it goes on, in this thread. What it raises is
-                printed and ignored.
+            progress: called with how far it is, as it goes on, in this thread. What it raises, as
+                Ctrl-C does, ends the clone, of which nothing is left, and is raised.
 
         Raises:
             NotFoundError: no such host, or no such arena there.
@@ -128,7 +128,8 @@ class Node:
         Args:
             source, name, domain, progress: as for `clone_arena`.
             max_freeze: seconds for which its writers may have to wait at the end.
-            timeout: seconds until the arena is being made here; from then on it is not given up.
+            timeout: seconds until the arena is being made here; from then on it is not given up,
+                and what `progress` raises, or Ctrl-C, is ignored.
 
         Raises:
             CloneTimeoutError: it took longer, or the writers would have had to wait for longer: the

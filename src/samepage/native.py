@@ -11,6 +11,8 @@ import enum
 import errno
 import functools
 import os
+import queue
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,6 +123,7 @@ class _CloneOptions(ctypes.Structure):
         ("domain", ctypes.c_char_p),
         ("flags", ctypes.c_uint32),
         ("max_freeze_ms", ctypes.c_uint32),
+        ("give_up", ctypes.POINTER(ctypes.c_int)),
     ]
 
 
@@ -405,7 +408,9 @@ def clone_arena(
 ) -> ArenaPointer:
     """Make a copy of an arena of another host; the caller frees it.
 
-    What `progress` raises is printed and ignored, as C cannot pass it on.
+    The library waits in a thread of its own, so that this one hears of Ctrl-C. That, and whatever
+    `progress` raises, gives the clone up and is raised when nothing is left of it; a migration that
+    cannot be given up any more is gone on with, and it is ignored.
 
     Raises:
         CloneTimeoutError: not done after `timeout_ms` milliseconds, or the freeze was too long.
@@ -413,10 +418,14 @@ def clone_arena(
             as samepage.errors says.
     """
 
+    news: queue.SimpleQueue[CloneProgress | None] = queue.SimpleQueue()
+    failures: list[errors.SamepageError] = []
+    give_up = ctypes.c_int()
+    arena = ctypes.c_void_p()
+
     def tell(told: Any, _: object) -> None:
-        if progress is not None:
-            names = CloneProgress.__slots__
-            progress(CloneProgress(*(getattr(told.contents, name) for name in names)))
+        names = CloneProgress.__slots__
+        news.put(CloneProgress(*(getattr(told.contents, name) for name in names)))
 
     packed = _CloneOptions(
         _text(options.source_host, "the host"),
@@ -425,15 +434,36 @@ def clone_arena(
         None if options.domain is None else _text(options.domain, "the domain"),
         options.flags,
         options.max_freeze_ms,
+        ctypes.pointer(give_up),
     )
-    arena = ctypes.c_void_p()
     callback = _CloneCallback(tell)
-    _check(
-        _library().sp_arena_clone(
-            node, ctypes.byref(packed), timeout_ms, callback, None, ctypes.byref(arena)
-        ),
-        _CLONE_ERRORS,
-    )
+
+    def work() -> None:
+        try:
+            result = _library().sp_arena_clone(
+                node, ctypes.byref(packed), timeout_ms, callback, None, ctypes.byref(arena)
+            )
+            _check(result, _CLONE_ERRORS)
+        except errors.SamepageError as error:
+            failures.append(error)
+        finally:
+            news.put(None)
+
+    thread = threading.Thread(target=work, name="samepage clone", daemon=True)
+    thread.start()
+    try:
+        while (told := news.get()) is not None:
+            if progress is not None:
+                progress(told)
+    except BaseException:
+        give_up.value = 1
+        thread.join()
+        if failures or not options.flags & CLONE_MIGRATE:
+            if not failures:
+                free(arena)
+            raise
+    if failures:
+        raise failures[0]
     return arena
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -67,6 +69,14 @@ def refuse(merger: Merger, clone: wire.Message, error: int, text: str) -> None:
     merger.agent.send(wire.pack(Type.REFUSED, clone.seq, clone.arena, payload))
 
 
+def mappings(application: Application) -> int:
+    """How many an application has that has cloned before: its thread's stack is kept."""
+    with pytest.raises(ApplicationError, match="InvalidArgumentError"):
+        application.call("clone", "clone_arena", "host-b/no/name", "copy")
+    count: int = application.call("mapping_count")
+    return count
+
+
 def test_a_clone_arrives_page_by_page(merger: Merger, application: Application) -> None:
     application.start("clone", "clone_arena", "host-b/source", "copy")
     clone, numbers, names = asked(merger)
@@ -118,7 +128,7 @@ def test_the_clone_of_a_sealed_arena_is_sealed(merger: Merger, application: Appl
 def test_a_clone_that_is_refused_leaves_nothing(
     merger: Merger, application: Application, error: int, kind: str, late: bool
 ) -> None:
-    before = application.call("mapping_count")
+    before = mappings(application)
     application.start("clone", "clone_arena", "host-b/source", "copy")
     clone, _, _ = asked(merger)
     if late:
@@ -142,6 +152,29 @@ def test_a_clone_that_takes_too_long_is_given_up(merger: Merger, application: Ap
     application.start("create", "other", PAGES)
     merger.open_arena()
     application.finish()
+
+
+def test_ctrl_c_ends_a_clone_at_once(merger: Merger, application: Application) -> None:
+    before = mappings(application)
+    application.start("clone_until_interrupted", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    merger.make_away(0, PAGES)
+    os.kill(application.process.pid, signal.SIGINT)
+    assert application.finish() is True
+    assert merger.receive(Type.ARENA_CLOSE).arena == clone.arena
+    assert application.call("mapping_count") <= before + 1
+
+
+def test_what_progress_raises_ends_the_clone(merger: Merger, application: Application) -> None:
+    application.start("clone_until_told", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    with pytest.raises(ApplicationError, match="LookupError: enough"):
+        application.finish()
+    assert merger.receive(Type.ARENA_CLOSE).arena == clone.arena
 
 
 def test_a_clone_ends_with_its_connection(merger: Merger, application: Application) -> None:

@@ -31,6 +31,7 @@ from samepage.errors import (
     NameTakenError,
     NotFoundError,
     SealedError,
+    ServiceUnavailableError,
     ShareTimeoutError,
 )
 from samepage.reports import PAGE_SIZE, ArenaStats, CloneProgress, ShareReport
@@ -144,8 +145,11 @@ class HeldArenas:
         self._check_count()
         self._sizes[key] = 0
         loop = asyncio.get_running_loop()
+        unwanted = False
 
         def report(progress: CloneProgress) -> None:
+            if unwanted:
+                raise ServiceUnavailableError("nobody waits for the copy any more")
             loop.call_soon_threadsafe(told, progress)
 
         coming = self._unfinished_task(self._keep(key, self._transfers, work, report))
@@ -153,6 +157,7 @@ class HeldArenas:
             arena = await asyncio.shield(coming)
         except asyncio.CancelledError:
             if copy:
+                unwanted = True
                 coming.add_done_callback(self._drop)
             raise
         if copy and self.held_bytes > self.limits.held_bytes:
