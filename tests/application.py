@@ -448,6 +448,13 @@ class Served:
 
         return ctypes.string_at(address, length).hex()
 
+    def write_at(self, address: int, data: str) -> None:
+        """Write bytes given in hex to an address."""
+        import ctypes
+
+        raw = bytes.fromhex(data)
+        ctypes.memmove(address, raw, len(raw))
+
     def discard_in_turn(self, name: str, seed: int, rounds: int) -> list[int]:
         """Discard pages while they are merged, restored and written; what was not zero then."""
         view, pages = self.views[name], len(self.views[name]) // PAGE

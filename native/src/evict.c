@@ -15,6 +15,11 @@
 
 #define READER_TRIES 5000 /* with a pause in between: some 100 ms at least */
 
+bool sp_mover_may_let_go(const struct sp_node *node, const struct sp_arena *arena)
+{
+	return !atomic_load(&arena->keep) && !node->mover.leaving && arena->frozen_until == 0;
+}
+
 bool sp_mover_stop_reader(struct sp_node *node)
 {
 	for (int i = 0; i < READER_TRIES; i++) {
@@ -175,7 +180,7 @@ int sp_mover_order_evict(struct sp_node *node, struct sp_arena *arena,
 	if (sp_away_prepare(&arena->away, arena->pages))
 		return sp_mover_send_done(node, order, ENOMEM, 0);
 	memset(mover->outcomes, WIRE_BUSY, pages);
-	if (atomic_load(&arena->keep) || mover->leaving || !sp_mover_stop_reader(node))
+	if (!sp_mover_may_let_go(node, arena) || !sp_mover_stop_reader(node))
 		return sp_mover_send_done(node, order, 0, pages);
 	for (size_t i = 0; i < n; i++) {
 		for (uint64_t at = 0, some; at < ranges[i].count; at += some, done += some) {

@@ -51,6 +51,19 @@ const struct sp_extent *sp_extents_at(const struct sp_extents *extents, uint64_t
 	return &extents->entries[i];
 }
 
+uint64_t sp_extents_look(const struct sp_extents *extents, uint64_t page, uint64_t end,
+			 const struct sp_extent **extent)
+{
+	size_t i = sp_extents_find(extents, page);
+	const struct sp_extent *next = i < extents->count ? &extents->entries[i] : NULL;
+	uint64_t border = next ? next->page : end;
+
+	*extent = next && next->page <= page ? next : NULL;
+	if (*extent)
+		border += next->count;
+	return (border < end ? border : end) - page;
+}
+
 /* Replace `removed` entries from i on by the `added` ones. */
 static void splice(struct sp_extents *extents, size_t i, size_t removed,
 		   const struct sp_extent *added, size_t n)

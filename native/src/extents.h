@@ -48,6 +48,10 @@ size_t sp_extents_find(const struct sp_extents *extents, uint64_t page);
 /* The run that holds `page`, or NULL. */
 const struct sp_extent *sp_extents_at(const struct sp_extents *extents, uint64_t page);
 
+/* How many pages from `page` on, before `end`, are in its run, or (*extent: NULL) in none. */
+uint64_t sp_extents_look(const struct sp_extents *extents, uint64_t page, uint64_t end,
+			 const struct sp_extent **extent);
+
 /* Put in a range that is free. */
 void sp_extents_insert(struct sp_extents *extents, uint64_t page, uint64_t count, uint64_t slot);
 

@@ -22,10 +22,10 @@ struct sp_mailbox;
 #define SP_FAULTS_MOST 1024 /* of threads; the rest of the ring is for what can't be asked again */
 
 enum sp_fault_kind {
-	SP_FAULT_WRITE,	  /* to a protected page of the store */
+	SP_FAULT_WRITE,	  /* to a protected page, of the store or frozen */
 	SP_FAULT_MISSING, /* a private page is not there */
 	SP_FAULT_UNMAPPED, /* a page of the store is not in the page table */
-	SP_FAULT_REMOVED, /* the application discards a range that maps the store */
+	SP_FAULT_REMOVED, /* the application discards a range with such pages */
 	SP_FAULT_MOVED	  /* the application has moved such a range elsewhere */
 };
 

@@ -41,6 +41,7 @@ static void remove_arena(struct sp_mover *mover, struct sp_arena *arena)
 		at = &(*at)->mover_next;
 	if (!*at)
 		return;
+	sp_mover_thaw(arena->node, arena);
 	*at = arena->mover_next;
 	sp_arena_put(arena);
 }
@@ -291,6 +292,7 @@ static void forget(struct sp_node *node, struct sp_arena *arena)
 static void leave(struct sp_node *node, struct sp_arena *arena)
 {
 	atomic_store(&arena->closed, true);
+	sp_mover_thaw(node, arena);
 	sp_mover_lose_away(node, arena); /* what could not be brought back: never zeros */
 	if (!sp_mover_restore(node, arena, 0, arena->pages)) {
 		forget(node, arena);

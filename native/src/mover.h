@@ -133,6 +133,9 @@ void sp_mover_send_fetches(struct sp_node *node);
 /* Ask for the away pages of a request. -EAGAIN: they are to come. -EIO: some are lost. */
 int sp_mover_fetch(struct sp_node *node, const struct sp_request *request);
 
+/* Whether pages of the arena may go away now. */
+bool sp_mover_may_let_go(const struct sp_node *node, const struct sp_arena *arena);
+
 /* Keep the reader from reading arenas: what it has found to be there must not go away under its
  * hands. false: it is too busy. */
 bool sp_mover_stop_reader(struct sp_node *node);

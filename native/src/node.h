@@ -61,6 +61,7 @@ struct sp_arena {
 	bool cloning;	       /* the application does not know it yet */
 	uint32_t clone_seq;    /* of the message that asked for it */
 	uint64_t frozen_until; /* ns; 0: it is not */
+	struct sp_frozen frozen;
 	uint8_t left[WIRE_SNAPSHOT_SIZE]; /* with what it was left to another host, or zeros */
 	struct sp_away away;
 	uint64_t restore_next; /* page after the last one restored for a write */

@@ -325,9 +325,9 @@ static int order_count(struct sp_node *node, const struct sp_arena *arena,
 	return sp_mover_send_done(node, order, -error, 0);
 }
 
-/* Orders to a frozen arena leave its absent pages trapping. */
-static int carry_out(struct sp_node *node, struct sp_arena *arena, const struct sp_message *message)
+int sp_mover_order(struct sp_node *node, const struct sp_message *message)
 {
+	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
 	uint8_t type = message->header->type;
 
 	if (type >= WIRE_AWAY && node->mover.link.version < 3)
@@ -358,17 +358,4 @@ static int carry_out(struct sp_node *node, struct sp_arena *arena, const struct 
 	default:
 		return -EPROTO;
 	}
-}
-
-int sp_mover_order(struct sp_node *node, const struct sp_message *message)
-{
-	struct sp_arena *arena = sp_mover_find(&node->mover, message->header->arena);
-	struct sp_pager *pager = &node->mover.pager;
-	int error;
-
-	pager->trapping = arena && arena->frozen_until > 0 ? arena->data : NULL;
-	pager->trapping_bytes = pager->trapping ? arena->pages * SP_PAGE_SIZE : 0;
-	error = carry_out(node, arena, message);
-	pager->trapping_bytes = 0;
-	return error;
 }

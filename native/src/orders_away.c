@@ -59,7 +59,7 @@ int sp_mover_order_away(struct sp_node *node, struct sp_arena *arena,
 	if (sp_away_prepare(&arena->away, arena->pages))
 		return sp_mover_send_done(node, order, ENOMEM, 0);
 	memset(outcomes, WIRE_BUSY, n);
-	if (atomic_load(&arena->keep) || node->mover.leaving || !sp_mover_stop_reader(node))
+	if (!sp_mover_may_let_go(node, arena) || !sp_mover_stop_reader(node))
 		return sp_mover_send_done(node, order, 0, n);
 	for (size_t i = 0; i < n; i = end) {
 		uint64_t page = records[i].page;

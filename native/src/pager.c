@@ -96,26 +96,26 @@ int sp_pager_adopt(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_
 			     UFFDIO_REGISTER_MODE_MISSING);
 }
 
-static bool is_trapping(const struct sp_pager *pager, const uint8_t *address)
-{
-	return (uintptr_t)address - (uintptr_t)pager->trapping < pager->trapping_bytes;
-}
-
 /* Registering alone never takes a mode away, so missing faults end by unregistering. */
 void sp_pager_end_missing(struct sp_pager *pager, uint8_t *address, size_t n)
 {
-	if (!is_trapping(pager, address))
+	if (!sp_pager_is_frozen(pager, address))
 		uffd_unregister(pager->uffds.memory, address, bytes_of(n));
 	sp_pager_follow(pager, address, n);
 }
 
 void sp_pager_follow(struct sp_pager *pager, uint8_t *address, size_t n)
 {
-	uint64_t mode = (pager->tracks ? UFFDIO_REGISTER_MODE_WP : 0) |
-			(is_trapping(pager, address) ? UFFDIO_REGISTER_MODE_MISSING : 0);
+	if (sp_pager_is_frozen(pager, address))
+		sp_pager_hold(pager, address, n);
+	else if (pager->tracks)
+		uffd_register(pager->uffds.memory, address, bytes_of(n), UFFDIO_REGISTER_MODE_WP);
+}
 
-	if (mode)
-		uffd_register(pager->uffds.memory, address, bytes_of(n), mode);
+/* The userfaultfd that private memory at an address is registered with. */
+static int uffd_of(const struct sp_pager *pager, const uint8_t *address)
+{
+	return sp_pager_is_frozen(pager, address) ? pager->uffds.store : pager->uffds.memory;
 }
 
 int sp_pager_remap(struct sp_pager *pager, uint8_t *from, size_t n, int flags, uint8_t *to)
@@ -199,10 +199,10 @@ void sp_pager_move_out(struct sp_pager *pager, uint8_t *address, size_t n, uint8
 
 int sp_pager_register_missing(struct sp_pager *pager, uint8_t *address, size_t n)
 {
-	uint64_t mode = UFFDIO_REGISTER_MODE_MISSING |
-			(pager->tracks ? UFFDIO_REGISTER_MODE_WP : 0);
+	bool protects = pager->tracks || sp_pager_is_frozen(pager, address);
+	uint64_t mode = UFFDIO_REGISTER_MODE_MISSING | (protects ? UFFDIO_REGISTER_MODE_WP : 0);
 
-	return uffd_register(pager->uffds.memory, address, bytes_of(n), mode);
+	return uffd_register(uffd_of(pager, address), address, bytes_of(n), mode);
 }
 
 int sp_pager_find_holes(struct sp_pager *pager, size_t n, uint8_t *outcomes)
@@ -240,21 +240,20 @@ static size_t copy_back(struct sp_pager *pager, uint8_t *address, const uint8_t 
 
 	if (sp_pagemap_read(pager->pagemap, page, 1, &state) || !sp_pagemap_has_page(state))
 		return 1;
-	return uffd_copy(pager->uffds.memory, address, page, SP_PAGE_SIZE, &copied) != -EAGAIN;
+	return uffd_copy(uffd_of(pager, address), address, page, SP_PAGE_SIZE, &copied) != -EAGAIN;
 }
 
 void sp_pager_put_back(struct sp_pager *pager, uint8_t *address, size_t first, size_t n)
 {
 	size_t done = 0, length = n, moved;
-	int error;
+	int uffd = uffd_of(pager, address + bytes_of(first)), error;
 
 	while (done < n) {
 		size_t at = bytes_of(first + done);
 
 		if (length > n - done)
 			length = n - done;
-		error = uffd_move(pager->uffds.memory, address + at, pager->staging + at,
-				  bytes_of(length), &moved);
+		error = uffd_move(uffd, address + at, pager->staging + at, bytes_of(length), &moved);
 		done += moved / SP_PAGE_SIZE;
 		if (!error || moved)
 			length = n - done;

@@ -22,7 +22,8 @@
  * Two userfaultfds share the work (probe.h). Private memory is registered for asynchronous write
  * protection where the kernel has it: who writes is not kept waiting, and PAGEMAP_SCAN tells which
  * pages were written (docs/decisions/0003-dirty-tracking.md). A take adds missing faults to that
- * and ends by registering anew, which leaves what was put back counted as written.
+ * and ends by registering anew, which leaves what was put back counted as written. While an arena
+ * is frozen (freeze.c), its private memory is registered with the store's.
  *
  * Side mappings are made where the kernel likes and moved away whole or unmapped by their own
  * addresses: a fixed area would have holes after a partial move that other threads' mmap() fills.
@@ -47,6 +48,13 @@
 #define SP_PIECES 16	  /* short runs side by side */
 #define SP_PIECE_PAGES 8  /* longest of those */
 
+/* A range whose private pages nobody can write for a while, nor touch where there is none. */
+struct sp_frozen {
+	const uint8_t *start;
+	size_t length;
+	struct sp_frozen *next;
+};
+
 struct sp_pager {
 	struct sp_uffds uffds;
 	bool tracks;	       /* writes to private memory are followed */
@@ -56,9 +64,8 @@ struct sp_pager {
 	int maps;	       /* /proc/self/maps */
 	uint8_t *staging;      /* SP_TAKE_PAGES pages, registered for missing faults */
 	uint8_t *bounce;       /* as many, for slots' bytes on their way */
-	const uint8_t *trapping; /* in this range, missing faults stay the pager's: it is frozen */
-	size_t trapping_bytes;
 	uint64_t *page_states; /* pagemap entries of a run */
+	struct sp_frozen *frozen; /* what nobody can write now */
 
 	/* For the watcher. */
 	atomic_int thread;		     /* the mover's id */
@@ -88,10 +95,12 @@ void sp_pager_claim(struct sp_pager *pager);
 /* Prepare n pages of an arena and their shadow. *tracked: writes to them are followed. -errno. */
 int sp_pager_adopt(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_t n, bool *tracked);
 
-/* Leave missing faults on n private pages to the kernel again, as at the end of a take. */
+/* n private pages are as before a take: missing faults on them are the kernel's again, or, while
+ * they are frozen, nobody can write them again. */
 void sp_pager_end_missing(struct sp_pager *pager, uint8_t *address, size_t n);
 
-/* Follow the writes to n private pages; they count as written now. */
+/* Follow the writes to n private pages, which count as written now; while they are frozen, stop
+ * them. */
 void sp_pager_follow(struct sp_pager *pager, uint8_t *address, size_t n);
 
 /* Move n <= SP_TAKE_PAGES pages from `address` to the staging area. Sets outcomes[i] to
@@ -175,7 +184,32 @@ int sp_pager_ruin(struct sp_pager *pager, uint8_t *data, uint8_t *shadow, size_t
 /* Nobody need wait for n private pages any more. */
 void sp_pager_end_away(struct sp_pager *pager, uint8_t *address, size_t n);
 
+/* From here to sp_pager_end_freeze(), what the pager itself does to private pages of the range
+ * leaves them frozen. The caller freezes what is there, and thaws it. */
+void sp_pager_begin_freeze(struct sp_pager *pager, struct sp_frozen *frozen);
+void sp_pager_end_freeze(struct sp_pager *pager, const struct sp_frozen *frozen);
+
+/* Stop writes to n private pages, and touches of absent ones, until sp_pager_thaw(). 0: from now on
+ * nobody can write them, but for a device that has pinned them already. -errno: some can be
+ * written, as when the application has put something there that can't be registered. */
+int sp_pager_freeze(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* The same for pages that are frozen already, or were mapped there since. */
+int sp_pager_hold(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Let n private pages be written again, when their range is frozen no more; they count as written.
+ * Nobody is woken. */
+void sp_pager_thaw(struct sp_pager *pager, uint8_t *address, size_t n);
+
+/* Protect n pages against writes, and no more, that are registered with the store's userfaultfd.
+ * -errno. */
+int sp_pager_protect(struct sp_pager *pager, uint8_t *address, size_t n);
+void sp_pager_unprotect(struct sp_pager *pager, uint8_t *address, size_t n);
+
 /* Between the pager's own files, sealed.c and evict.c. */
+
+/* Whether a page is in a range that is frozen. */
+bool sp_pager_is_frozen(const struct sp_pager *pager, const uint8_t *address);
 
 /* Read slots' bytes. 0 or -errno. */
 int sp_pager_read_slots(int store, uint8_t *to, size_t length, uint64_t slot);

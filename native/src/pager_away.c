@@ -1,7 +1,7 @@
 /*
  * Pager: pages whose bytes are not on this host, from going away to coming back.
  *
- * They are registered with the userfaultfd of the store's mappings, for missing faults alone. That
+ * They are registered with the userfaultfd of the store's mappings, for missing faults. That
  * one tells of what the application does to them: a registration of the other one would be lost
  * with mremap(), and who then touched the page would read zeros.
  */
@@ -11,6 +11,9 @@
 #include "pagemap.h"
 #include "pager.h"
 #include "wire.h"
+
+/* Nothing is protected among them, unless they are frozen. */
+#define EXPECTED (UFFDIO_REGISTER_MODE_MISSING | UFFDIO_REGISTER_MODE_WP)
 
 static size_t bytes_of(size_t pages)
 {
@@ -22,8 +25,7 @@ int sp_pager_expect(struct sp_pager *pager, uint8_t *address, size_t n)
 	int error;
 
 	uffd_unregister(pager->uffds.memory, address, bytes_of(n));
-	error = uffd_register(pager->uffds.store, address, bytes_of(n),
-			      UFFDIO_REGISTER_MODE_MISSING);
+	error = uffd_register(pager->uffds.store, address, bytes_of(n), EXPECTED);
 	if (error) {
 		uffd_unregister(pager->uffds.store, address, bytes_of(n));
 		sp_pager_follow(pager, address, n);
@@ -55,7 +57,7 @@ static int prepare_shadow(struct sp_pager *pager, uint8_t *shadow, size_t n)
 	int error;
 
 	uffd_unregister(pager->uffds.memory, shadow, bytes_of(n));
-	error = uffd_register(pager->uffds.store, shadow, bytes_of(n), UFFDIO_REGISTER_MODE_MISSING);
+	error = uffd_register(pager->uffds.store, shadow, bytes_of(n), EXPECTED);
 	for (size_t i = 0, some; i < n && !error; i += some) {
 		some = n - i < SP_TAKE_PAGES ? n - i : SP_TAKE_PAGES;
 		error = sp_pagemap_read(pager->pagemap, shadow + bytes_of(i), some,

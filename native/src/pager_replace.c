@@ -28,14 +28,8 @@ int sp_pager_map_side(struct sp_pager *pager, size_t n, int store, uint64_t slot
 		error = sys_result(madvise(memory, length, MADV_POPULATE_READ));
 	if (!error && pager->uffds.store >= 0)
 		error = uffd_register(pager->uffds.store, memory, length, mode);
-	while (!error && pager->uffds.store >= 0) { /* EAGAIN: an event waits to be read, which is the watcher's */
-		error = uffd_writeprotect(pager->uffds.store, memory, length,
-					  UFFDIO_WRITEPROTECT_MODE_WP);
-		if (error != -EAGAIN)
-			break;
-		sp_pager_back_off();
-		error = 0;
-	}
+	if (!error && pager->uffds.store >= 0)
+		error = sp_pager_protect(pager, memory, n);
 	if (error)
 		munmap(memory, length);
 	else

@@ -17,7 +17,8 @@
  * on private ones must not: which of the two is a property of the descriptor. */
 struct sp_uffds {
 	int memory; /* for private memory: missing faults, writes told of afterwards */
-	int store;  /* for mappings of the store: write faults, and what is done to the mapping */
+	int store;  /* for mappings of the store: write faults, and what is done to the mapping; and for
+		    * private memory that is away or frozen */
 };
 
 /* Userfaultfds with all that the library uses enabled, made from an open /dev/userfaultfd

@@ -48,13 +48,18 @@ static void follow_move(struct sp_node *node, struct sp_arena *arena, uint64_t p
 {
 	struct sp_pager *pager = &node->mover.pager;
 
-	for (uint64_t i = 0; i < count; i++) {
+	for (uint64_t i = 0, n; i < count; i += n) {
 		uint8_t *target = (uint8_t *)(uintptr_t)(to + i * SP_PAGE_SIZE);
-		const struct sp_extent *extent = sp_extents_at(&arena->extents, page + i);
+		const struct sp_extent *extent;
 		uint64_t slot;
 
-		if (!extent)
+		n = sp_extents_look(&arena->extents, page + i, page + count, &extent);
+		if (!extent) { /* private pages, that were frozen when they were moved */
+			uffd_unregister(pager->uffds.store, target, n * SP_PAGE_SIZE);
+			sp_pager_wake(pager, target, n);
 			continue;
+		}
+		n = 1;
 		if (extent->slot == SP_SLOT_AWAY) {
 			sp_mover_follow_away(node, arena, page + i, target);
 			continue;
@@ -82,16 +87,20 @@ static uint64_t grown_run(struct sp_arena *arena, uint64_t page)
 
 static void serve_write(struct sp_node *node, struct sp_arena *arena, uint64_t page)
 {
+	uint8_t *address = arena->data + page * SP_PAGE_SIZE;
 	const struct sp_extent *extent = sp_extents_at(&arena->extents, page);
 
-	if (extent && sp_extent_is_shared(extent))
+	if (extent && sp_extent_is_shared(extent)) {
 		arena->restore_next = page + sp_mover_restore_stretch(node, arena, extent, page,
 								      grown_run(arena, page));
-	else
-		sp_pager_wake(&node->mover.pager, arena->data + page * SP_PAGE_SIZE, 1);
+		return;
+	}
+	/* a protection that a freeze has left behind would bring the thread back here */
+	sp_pager_unprotect(&node->mover.pager, address, 1);
+	sp_pager_wake(&node->mover.pager, address, 1);
 }
 
-/* A registration of a take that was left behind would bring the thread back here. */
+/* A registration of a take or a freeze that was left behind would bring the thread back here. */
 static void serve_missing(struct sp_node *node, struct sp_arena *arena, uint64_t page)
 {
 	struct sp_pager *pager = &node->mover.pager;
@@ -103,7 +112,7 @@ static void serve_missing(struct sp_node *node, struct sp_arena *arena, uint64_t
 		return;
 	}
 	if (!extent)
-		sp_pager_end_missing(pager, address, 1);
+		sp_pager_thaw(pager, address, 1);
 	sp_pager_wake(pager, address, 1);
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -46,10 +47,10 @@ words[:] = np.random.default_rng(5).integers(1, 1 << 62, words.size, np.uint64)
 with open(sys.argv[4], "r+b") as file:
     written = np.frombuffer(mmap.mmap(file.fileno(), 4096), np.uint64)
 print("ready", flush=True)
-number = 0
+number, stride = 0, int(sys.argv[5])
 while True:
     number += 1
-    words[number * 4099 % words.size] = number
+    words[number * stride % words.size] = number
     written[0] = number
 """
 
@@ -217,6 +218,20 @@ class TestClone:
         eventually(lambda: not hosts.notes())
 
 
+@contextlib.contextmanager
+def writing(up: Up, name: str, counter: Path, stride: int) -> Iterator[subprocess.Popen[bytes]]:
+    """A process on the first host that writes a new arena of that name, every so many words."""
+    counter.write_bytes(bytes(PAGE_SIZE))
+    command = [sys.executable, "-c", _WRITER, up.host(1), name, SIZE, counter, stride]
+    with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as writer:
+        try:
+            assert writer.stdout is not None
+            assert writer.stdout.readline() == b"ready\n"
+            yield writer
+        finally:
+            writer.kill()
+
+
 class TestMigrate:
     def test_a_host_that_is_in_the_cluster_is_not_forgotten(self, hosts: Hosts) -> None:
         done = samepage("forget-host", "host-2", "--dir", hosts.up.directory)
@@ -225,16 +240,13 @@ class TestMigrate:
         done = samepage("forget-host", "host-9", "--json", "--dir", hosts.up.directory)
         assert json.loads(done.stdout) == {"hosts": {"host-1": 0, "host-2": 0}}
 
+    @pytest.mark.parametrize("stride", [4099, 0], ids=["all pages", "one page"])
     def test_no_write_of_a_busy_writer_is_lost(
-        self, hosts: Hosts, two: client.Node, tmp_path: Path
+        self, hosts: Hosts, two: client.Node, tmp_path: Path, stride: int
     ) -> None:
         name = hosts.name()
         counter = tmp_path / "written"
-        counter.write_bytes(bytes(PAGE_SIZE))
-        command = [sys.executable, "-c", _WRITER, hosts.up.host(1), name, str(SIZE), counter]
-        with subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE) as writer:
-            assert writer.stdout is not None
-            assert writer.stdout.readline() == b"ready\n"
+        with writing(hosts.up, name, counter, stride) as writer:
             told: list[client.CloneProgress] = []
             arena = two.migrate_arena(f"host-1/{name}", max_freeze=30.0, progress=told.append)
             assert writer.wait(60) == -signal.SIGBUS
@@ -245,7 +257,8 @@ class TestMigrate:
         # The last write may have reached the memory, and not the counter.
         for last in (written, written + 1):
             numbers = np.arange(1, last + 1, dtype=np.uint64)
-            expected[(numbers * np.uint64(4099) % np.uint64(words.size)).astype(np.intp)] = numbers
+            at = numbers * np.uint64(stride) % np.uint64(words.size)
+            expected[at.astype(np.intp)] = numbers
             if (words == expected).all():
                 break
         assert (words == expected).all()

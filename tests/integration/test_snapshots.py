@@ -330,10 +330,10 @@ async def test_older_library_is_copied_but_not_migrated(host: PagesHost) -> None
     await agent.die()
 
 
-async def test_writers_that_go_on_are_told_of_before_the_freeze_ends(
+async def test_what_devices_write_is_told_of_before_the_freeze_ends(
     host: PagesHost, agent: FakeMergingAgent
 ) -> None:
-    """Private pages can be written in a freeze until they are replaced."""
+    """A page that was pinned for a device can be written in a freeze until it is replaced."""
     arena = await agent.open("arena", random_pages(600, 1))
     copy = Copy(host)
     writes = 0

@@ -10,10 +10,12 @@ so is a page that is absent, since nobody says when it is touched first.
 Whoever needs each page once, and at once, is offered it (offers.py): then nothing of the arena
 changes, no page gets a slot, and there is but one round.
 
-Freezing stops writes to shared pages and touches of absent ones, so when every page is one or the
-other, nobody can write. That is what Leave rests on, and it is the agent that decides: it leaves
-only while it is frozen. Whether it has left is known from its answer, from what it announces after
-a broken connection, or from its lock being gone, and its process with it; until then nobody says.
+Freezing stops all writers, and touches of absent pages, at once; only devices go on writing the
+pages that are pinned for them. So each page is told of once more, in a freeze, and mapped. When all
+are shared or absent, nobody can write. That is what Leave rests on, and it is the agent that
+decides: it leaves only while it is frozen. Whether it has left is known from its answer, from what
+it announces after a broken connection, or from its lock being gone, and its process with it; until
+then nobody says.
 """
 
 from __future__ import annotations
@@ -315,12 +317,12 @@ class Snapshots:
     async def _settled(
         self, snapshot: Snapshot, step: Step, told: Mask, deadline: float
     ) -> tuple[Step, Mask]:
-        """Look at frozen pages until none of them can be written any more."""
+        """Look at frozen pages until none of them is pinned, or busy, any more."""
         for again in itertools.count():
             _check_time(deadline)
             if not step.loose.size:
                 break
-            if again >= _PINNED_LOOKS and not bool((step.loose == Outcome.DIFFERS).any()):
+            if again >= _PINNED_LOOKS:
                 raise NotPossibleError(_why_loose(step.loose))
             await asyncio.sleep(_PAUSE_SECONDS)
             step, told_now = await self._step(snapshot, step.pages)
@@ -359,7 +361,7 @@ class Snapshots:
         if outcome == Outcome.UNSUPPORTED:
             raise NotPossibleError(
                 f"the process of arena {arena.name!r} cannot freeze it: its library, or its kernel,"
-                " is too old"
+                " is too old, or it has mapped a file into it"
             )
         if outcome != Outcome.MERGED:
             raise no_answer(arena)
