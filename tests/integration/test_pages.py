@@ -355,7 +355,7 @@ async def test_hold_without_an_owner_or_a_lease(
     assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
 
 
-async def hold(host: PagesHost, pages: Pages, owner: str = "a") -> list[int]:
+async def hold(host: PagesHost, pages: Pages, owner: str = "a", store_id: bytes = b"") -> list[int]:
     response = await host.pages.Hold(
         pages_pb2.HoldRequest(
             domain_id=DOMAIN_ID,
@@ -363,9 +363,35 @@ async def hold(host: PagesHost, pages: Pages, owner: str = "a") -> list[int]:
             fingerprints=fingerprints_of(pages).tobytes(),
             digests=digests_of(pages).tobytes(),
             lease_ms=60_000,
+            store_id=store_id,
         )
     )
     return list(response.held)
+
+
+async def test_two_owners_of_one_name_hold_apart(cluster: PagesCluster) -> None:
+    """What one of them releases, the other still has."""
+    host = cluster.hosts["b"]
+    pages = random_pages(20, 1)
+    host.keep(pages, owner="c")
+    for store_id in (b"1" * 16, b"2" * 16):
+        assert all(await hold(host, pages, "a", store_id))
+    digests = digests_of(pages).tobytes()
+    for owner, store_id in (("a", b"1" * 16), ("c", b"")):
+        await host.pages.Release(
+            pages_pb2.ReleaseRequest(
+                domain_id=DOMAIN_ID, owner=owner, digests=digests, store_id=store_id
+            )
+        )
+    assert await fetch(cluster.hosts["a"], pages, "b") == pages
+    for store_id, holds in ((b"1" * 16, 0), (b"2" * 16, 20)):
+        request = pages_pb2.RenewRequest(owner="a", lease_ms=60_000, store_id=store_id)
+        assert (await host.pages.Renew(request)).holds == holds
+    # And only the owner itself says what may go.
+    asked = pages_pb2.LetGoRequest(
+        domain_id=DOMAIN_ID, holder="a", digests=digests, store_id=b"1" * 16
+    )
+    assert not any((await host.pages.LetGo(asked)).agreed)
 
 
 async def test_pages_of_arenas_are_held_without_more_memory(cluster: PagesCluster) -> None:

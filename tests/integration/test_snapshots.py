@@ -27,6 +27,7 @@ from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.v1 import pages_pb2
 from samepage_merger.cluster.offers import OFFER_PAGES
+from samepage_merger.store import LIFE_BYTES
 
 PAGES = 1300
 LEASE_MS = 60_000
@@ -408,6 +409,24 @@ async def test_arena_that_did_not_leave_stays_after_a_restart(cluster: PagesClus
     await host.settled()
     host.assert_exact(agent)
     await agent.die()
+
+
+async def test_leaving_when_the_snapshots_store_is_gone(
+    host: PagesHost, agent: FakeMergingAgent
+) -> None:
+    """A merger on a new store knows of an arena what its process says, and nothing before that."""
+    arena = await agent.open("arena", random_pages(4, 1))
+    life = host.domains.store_id[:LIFE_BYTES]
+    asked = pages_pb2.LeaveRequest(
+        snapshot_id=b"s" * 16, store_id=life.ljust(16), agent=agent.agent, arena=arena.number
+    )
+    assert not (await host.pages.Leave(asked)).left
+    await agent.disconnect()
+    await until(lambda: not len(host.agents))
+    await refused(host.pages.Leave(asked), grpc.StatusCode.UNAVAILABLE)
+    # Of another life of the machine nothing is left but the copy.
+    asked.store_id = b"another life...."
+    assert (await host.pages.Leave(asked)).left
 
 
 async def test_unanswered_order_to_leave_is_not_known(

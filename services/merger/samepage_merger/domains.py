@@ -430,9 +430,13 @@ class Domains:
     Args:
         stores: where their files are.
         secret: the cluster's, from which seeds and ids are derived.
+
+    Attributes:
+        store_id: by which other hosts tell this one's store from those of its name.
     """
 
     def __init__(self, stores: StoreDirectory, secret: bytes) -> None:
+        self.store_id = stores.id
         self._stores = stores
         self._secret = secret
         self._domains: dict[bytes, Domain] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import hashlib
 import os
 import re
 import time
@@ -23,6 +24,10 @@ from samepage.daemon.wire import PAGE_SIZE
 from samepage_merger.runs import Int64s, join
 from samepage_merger.view import ReadOnlyView, StoreError
 
+#: A store's id, and how much of it says in which life of which machine.
+STORE_ID_BYTES = 16
+LIFE_BYTES = 8
+
 _TMPFS_MAGIC = 0x0102_1994
 _PUNCH_HOLE = 0x2
 _KEEP_SIZE = 0x1
@@ -32,6 +37,7 @@ _NAME = re.compile(r"[0-9a-f]{32}\.store")
 _HOLDS = ".holds"
 # Of clones under way (cluster/journal.py).
 _NOTES = ".clone"
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _fallocate = _libc.fallocate64 if hasattr(_libc, "fallocate64") else _libc.fallocate
@@ -89,6 +95,16 @@ class StoreDirectory:
                 yield _domain_id(name)
             elif not (_HOLDS in name or name.endswith(_NOTES)):
                 log.warning("a file that is no store", path=str(self.path / name))
+
+    @property
+    def id(self) -> bytes:
+        """Where in which machine's memory this is, 16 bytes; mergers that follow each other on it
+        have the same. Of stores of one life of a machine, the first LIFE_BYTES are equal."""
+        place = os.fstat(self._fd)
+        texts = _BOOT_ID.read_text(), f"{place.st_dev} {place.st_ino}"
+        return b"".join(
+            hashlib.blake2b(text.encode(), digest_size=LIFE_BYTES).digest() for text in texts
+        )
 
     def holds_path(self, domain_id: bytes) -> Path:
         """Where it is noted which slots of a domain are held for other hosts."""

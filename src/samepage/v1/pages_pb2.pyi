@@ -81,6 +81,7 @@ class SnapshotRequest(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.bytes
     """The first call: 16 bytes, and the arena's name."""
     arena: _builtins.str
@@ -95,6 +96,7 @@ class SnapshotRequest(_message.Message):
     is frozen, and nothing is held: each stretch is kept in memory until it is Taken, and there is
     no more than a few at a time. A merger that does not know this holds everything.
     """
+    store_id: _builtins.bytes
     def __init__(
         self,
         *,
@@ -104,10 +106,11 @@ class SnapshotRequest(_message.Message):
         owner: _builtins.str = ...,
         lease_ms: _builtins.int = ...,
         offer: _builtins.bool = ...,
+        store_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain_id", b"domain_id", "lease_ms", b"lease_ms", "offer", b"offer", "owner", b"owner", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain_id", b"domain_id", "lease_ms", b"lease_ms", "offer", b"offer", "owner", b"owner", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -126,6 +129,9 @@ class SnapshotResponse(_message.Message):
     FINGERPRINTS_FIELD_NUMBER: _builtins.int
     SEALED_FIELD_NUMBER: _builtins.int
     OFFERED_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
     snapshot_id: _builtins.bytes
     """16 bytes; drawn by the source."""
     pages: _builtins.int
@@ -141,6 +147,11 @@ class SnapshotResponse(_message.Message):
     """The stretch is offered: it is kept until it is Taken. Responses that tell of none say that the
     snapshot is still there, while it waits for that.
     """
+    store_id: _builtins.bytes
+    """The source's."""
+    agent: _builtins.bytes
+    """Whose the arena is: the agent's number, 16 bytes, and the arena's within it."""
+    arena: _builtins.int
     def __init__(
         self,
         *,
@@ -151,10 +162,13 @@ class SnapshotResponse(_message.Message):
         fingerprints: _builtins.bytes = ...,
         sealed: _builtins.bool = ...,
         offered: _builtins.bool = ...,
+        store_id: _builtins.bytes = ...,
+        agent: _builtins.bytes = ...,
+        arena: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "offered", b"offered", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "offered", b"offered", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -266,15 +280,25 @@ class LeaveRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
+    AGENT_FIELD_NUMBER: _builtins.int
+    ARENA_FIELD_NUMBER: _builtins.int
     snapshot_id: _builtins.bytes
+    store_id: _builtins.bytes
+    """As the snapshot told: by them a merger that has come to another store since knows the arena."""
+    agent: _builtins.bytes
+    arena: _builtins.int
     def __init__(
         self,
         *,
         snapshot_id: _builtins.bytes = ...,
+        store_id: _builtins.bytes = ...,
+        agent: _builtins.bytes = ...,
+        arena: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["snapshot_id", b"snapshot_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -309,12 +333,14 @@ class HoldRequest(_message.Message):
     FINGERPRINTS_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.bytes
     owner: _builtins.str
     fingerprints: _builtins.bytes
     """As many as digests, or none."""
     digests: _builtins.bytes
     lease_ms: _builtins.int
+    store_id: _builtins.bytes
     def __init__(
         self,
         *,
@@ -323,10 +349,11 @@ class HoldRequest(_message.Message):
         fingerprints: _builtins.bytes = ...,
         digests: _builtins.bytes = ...,
         lease_ms: _builtins.int = ...,
+        store_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "domain_id", b"domain_id", "fingerprints", b"fingerprints", "lease_ms", b"lease_ms", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "domain_id", b"domain_id", "fingerprints", b"fingerprints", "lease_ms", b"lease_ms", "owner", b"owner", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -359,8 +386,10 @@ class RenewRequest(_message.Message):
     OWNER_FIELD_NUMBER: _builtins.int
     LEASE_MS_FIELD_NUMBER: _builtins.int
     SNAPSHOT_IDS_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
     owner: _builtins.str
     lease_ms: _builtins.int
+    store_id: _builtins.bytes
     @_builtins.property
     def snapshot_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """16 bytes each; those that are not known are no error."""
@@ -371,10 +400,11 @@ class RenewRequest(_message.Message):
         owner: _builtins.str = ...,
         lease_ms: _builtins.int = ...,
         snapshot_ids: _abc.Iterable[_builtins.bytes] | None = ...,
+        store_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "owner", b"owner", "snapshot_ids", b"snapshot_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["lease_ms", b"lease_ms", "owner", b"owner", "snapshot_ids", b"snapshot_ids", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -407,20 +437,23 @@ class ReleaseRequest(_message.Message):
     DOMAIN_ID_FIELD_NUMBER: _builtins.int
     OWNER_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.bytes
     owner: _builtins.str
     digests: _builtins.bytes
     """Up to 4096."""
+    store_id: _builtins.bytes
     def __init__(
         self,
         *,
         domain_id: _builtins.bytes = ...,
         owner: _builtins.str = ...,
         digests: _builtins.bytes = ...,
+        store_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "domain_id", b"domain_id", "owner", b"owner"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "domain_id", b"domain_id", "owner", b"owner", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -448,21 +481,25 @@ class LetGoRequest(_message.Message):
     DOMAIN_ID_FIELD_NUMBER: _builtins.int
     HOLDER_FIELD_NUMBER: _builtins.int
     DIGESTS_FIELD_NUMBER: _builtins.int
+    STORE_ID_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.bytes
     holder: _builtins.str
     """The holder, by its name in the index."""
     digests: _builtins.bytes
     """Up to 4096."""
+    store_id: _builtins.bytes
+    """The owner's: a host of its name with another store agrees to nothing."""
     def __init__(
         self,
         *,
         domain_id: _builtins.bytes = ...,
         holder: _builtins.str = ...,
         digests: _builtins.bytes = ...,
+        store_id: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "domain_id", b"domain_id", "holder", b"holder"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "domain_id", b"domain_id", "holder", b"holder", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

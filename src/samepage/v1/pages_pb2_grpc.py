@@ -30,6 +30,10 @@ class PagesStub:
     digest is BLAKE3 of the page's bytes, keyed for the domain; 32 zero bytes stand for a page that
     holds only zeros, which is never sent. A `domain_id` is 16 bytes, as in index.proto.
 
+    A `store_id` is 16 bytes, of which 8 say in which life of which machine, and 8 in which place there
+    the store is. It is the same for all mergers that follow each other on that store. In a request it is the owner's, so that two hosts of one name hold apart from each other; empty
+    counts as an id like any other.
+
     A **hold** keeps the bytes of a digest on the host that granted it, for one other host (the
     owner), for as long as the owner renews its lease. Holds outlive a restart of the merger.
     """
@@ -96,6 +100,10 @@ class PagesServicer:
     """Packed, as everywhere: n fingerprints are n * 16 bytes, n digests n * 32, n pages n * 4096. A
     digest is BLAKE3 of the page's bytes, keyed for the domain; 32 zero bytes stand for a page that
     holds only zeros, which is never sent. A `domain_id` is 16 bytes, as in index.proto.
+
+    A `store_id` is 16 bytes, of which 8 say in which life of which machine, and 8 in which place there
+    the store is. It is the same for all mergers that follow each other on that store. In a request it is the owner's, so that two hosts of one name hold apart from each other; empty
+    counts as an id like any other.
 
     A **hold** keeps the bytes of a digest on the host that granted it, for one other host (the
     owner), for as long as the owner renews its lease. Holds outlive a restart of the merger.
@@ -257,6 +265,10 @@ class Pages:
     """Packed, as everywhere: n fingerprints are n * 16 bytes, n digests n * 32, n pages n * 4096. A
     digest is BLAKE3 of the page's bytes, keyed for the domain; 32 zero bytes stand for a page that
     holds only zeros, which is never sent. A `domain_id` is 16 bytes, as in index.proto.
+
+    A `store_id` is 16 bytes, of which 8 say in which life of which machine, and 8 in which place there
+    the store is. It is the same for all mergers that follow each other on that store. In a request it is the owner's, so that two hosts of one name hold apart from each other; empty
+    counts as an id like any other.
 
     A **hold** keeps the bytes of a digest on the host that granted it, for one other host (the
     owner), for as long as the owner renews its lease. Holds outlive a restart of the merger.

@@ -205,7 +205,13 @@ class Clone:
             text = f"no host {wanted.host!r} is in the cluster now: see `samepage status`"
             raise RefusedError(errno.ENOENT, text)
         snapshot = Snapshot(
-            host.stub, wanted.host, domain.id, wanted.source, services.node, services.lease_seconds
+            host.stub,
+            wanted.host,
+            domain.id,
+            wanted.source,
+            services.node,
+            services.lease_seconds,
+            services.domains.store_id,
         )
         return await self._from(snapshot)
 
@@ -285,6 +291,9 @@ class Clone:
             arena.number,
             arena.lock,
             sealed=snapshot.sealed,
+            source_store=snapshot.place.store_id.hex(),
+            source_agent=snapshot.place.agent.hex(),
+            source_number=snapshot.place.arena,
         )
         handover = self._handovers.begin(note, frozen_at)
         # From here on it is not this task's any more.

@@ -53,7 +53,7 @@ class Elsewhere:
         config = policies.current
         self.spill = Spill(config.spill_dir, config.spill_limit_bytes) if config.spill_dir else None
         self.grants = Grants()
-        leases = Leases(hosts, self.grants, config.hold_lease_seconds)
+        leases = Leases(hosts, self.grants, config.hold_lease_seconds, domains.store_id)
         securer = Securer(policies, hosts, self.grants, leases, self.spill)
         supply = PageSupply(self.spill, fetcher, self.grants)
         self.returner = Returner(orders, supply, config.lost_seconds)

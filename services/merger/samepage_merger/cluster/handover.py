@@ -24,6 +24,7 @@ from samepage.errors import InvalidArgumentError, SamepageError
 from samepage.v1 import pages_pb2_grpc
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
+from samepage_merger.cluster.place import Place
 from samepage_merger.cluster.source import Snapshot
 from samepage_merger.domains import Domains, RefusedError
 
@@ -222,7 +223,9 @@ class HandOvers:
                 live = note.host in await self._hosts.live()
                 # One without a lease may be well, and only out of the index's sight.
                 for host in self._hosts.known([note.host]):
-                    known = Snapshot.known(host.stub, note.host, bytes.fromhex(note.snapshot))
+                    known = Snapshot.known(
+                        host.stub, note.host, bytes.fromhex(note.snapshot), _place(note)
+                    )
                     answer = await call(known)
                     self._gone.discard(note.host)
                     return answer
@@ -261,6 +264,12 @@ class HandOvers:
         self._tasks.discard(task)
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a host was not asked to the end", exc_info=error)
+
+
+def _place(note: Note) -> Place:
+    return Place(
+        bytes.fromhex(note.source_store), bytes.fromhex(note.source_agent), note.source_number
+    )
 
 
 async def _left(snapshot: Snapshot) -> bool:

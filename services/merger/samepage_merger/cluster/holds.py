@@ -40,6 +40,17 @@ def _since_start() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
+def owner_of(host: str, store_id: bytes) -> str:
+    """Return by what an owner's leases are known: its host's name, and which of that name it is."""
+    return f"{host}#{store_id.hex()}" if store_id else host
+
+
+def host_of(owner: str) -> tuple[str, bytes]:
+    """Return the name of an owner's host, and its store's id."""
+    host, _, store_id = owner.partition("#")
+    return host, bytes.fromhex(store_id)
+
+
 class SlotSet:
     """A set of slots, in a few sorted arrays, each at least twice as long as the next."""
 

@@ -31,6 +31,7 @@ class Note:
         left: it has.
         freeze_us: how long its writers had to wait, in microseconds.
         sealed: the source could only be read.
+        source_store, source_agent, source_number: where the source has the arena.
     """
 
     host: str
@@ -43,6 +44,9 @@ class Note:
     left: bool = False
     freeze_us: int = 0
     sealed: bool = False
+    source_store: str = ""
+    source_agent: str = ""
+    source_number: int = 0
 
 
 class Journal:

@@ -117,10 +117,12 @@ class Leases:
 
     Args:
         lease_seconds: how long a hold lasts unless renewed.
+        store_id: of this host, which other hosts of its name have not.
     """
 
-    def __init__(self, hosts: Hosts, grants: Grants, lease_seconds: float) -> None:
+    def __init__(self, hosts: Hosts, grants: Grants, lease_seconds: float, store_id: bytes) -> None:
         self._node = hosts.own
+        self._store_id = store_id
         self._grants = grants
         self._lease_ms = min(round(lease_seconds * 1000), 2**32 - 1)
 
@@ -133,6 +135,7 @@ class Leases:
             request = pages_pb2.HoldRequest(
                 domain_id=domain.id,
                 owner=self._node,
+                store_id=self._store_id,
                 digests=digests[part].tobytes(),
                 fingerprints=b"" if fingerprints is None else fingerprints[part].tobytes(),
                 lease_ms=self._lease_ms,
@@ -150,7 +153,9 @@ class Leases:
     async def renew(self, host: Host) -> bool | None:
         """Extend a host's lease; return whether it holds what the books say, None when it does not
         answer."""
-        request = pages_pb2.RenewRequest(owner=self._node, lease_ms=self._lease_ms)
+        request = pages_pb2.RenewRequest(
+            owner=self._node, store_id=self._store_id, lease_ms=self._lease_ms
+        )
         try:
             answer = await host.stub.Renew(request, timeout=_ANSWER_SECONDS)
         except grpc.aio.AioRpcError as error:
@@ -168,6 +173,7 @@ class Leases:
             request = pages_pb2.ReleaseRequest(
                 domain_id=domain.id,
                 owner=self._node,
+                store_id=self._store_id,
                 digests=digests[low : low + HOLD_PAGES].tobytes(),
             )
             try:

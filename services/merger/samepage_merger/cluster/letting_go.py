@@ -13,7 +13,7 @@ import numpy as np
 import structlog
 
 from samepage.v1 import pages_pb2
-from samepage_merger.cluster.holds import HELD, Lease
+from samepage_merger.cluster.holds import HELD, Lease, host_of
 from samepage_merger.cluster.hosts import HostAwayError, Hosts
 from samepage_merger.domains import Domain, Domains
 
@@ -39,20 +39,24 @@ async def let_go(domains: Domains, hosts: Hosts) -> None:
 
 async def _let_go(domain: Domain, lease: Lease, hosts: Hosts) -> None:
     slots = lease.slots.all()
+    name, store_id = host_of(lease.owner)
     try:
-        owner = await hosts.find(lease.owner)
+        owner = await hosts.find(name)
         for low in range(0, slots.size if owner is not None else 0, _PART_PAGES):
             assert owner is not None
             part = slots[low : low + _PART_PAGES]
             digests = await domain.digester.pages_apart(domain.store.read_all(part))
             request = pages_pb2.LetGoRequest(
-                domain_id=domain.id, holder=hosts.own, digests=digests.tobytes()
+                domain_id=domain.id,
+                holder=hosts.own,
+                digests=digests.tobytes(),
+                store_id=store_id,
             )
             answer = await owner.stub.LetGo(request)
             agreed = np.frombuffer(answer.agreed, np.uint8) == 1
             if agreed.size == part.size:
                 domain.holds.release(lease, part[agreed])
     except HostAwayError as error:
-        log.info("an owner cannot be told", owner=lease.owner, why=str(error))
+        log.info("an owner cannot be told", owner=name, why=str(error))
     except grpc.aio.AioRpcError as error:
-        log.info("an owner cannot be told", owner=lease.owner, why=error.details())
+        log.info("an owner cannot be told", owner=name, why=error.details())

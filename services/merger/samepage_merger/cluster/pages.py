@@ -24,10 +24,12 @@ from samepage_merger.cluster.digests import (
     parse_digests,
     parse_fingerprints,
 )
+from samepage_merger.cluster.holds import owner_of
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.keeping import Keeper
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
+from samepage_merger.cluster.place import Place
 from samepage_merger.cluster.snapshot_errors import (
     NoAnswerError,
     NoArenaError,
@@ -37,7 +39,7 @@ from samepage_merger.cluster.snapshot_errors import (
 from samepage_merger.cluster.snapshots import FREEZE_MS_MAX, Snapshot, Snapshots, Stretch
 from samepage_merger.domains import Domains
 from samepage_merger.pagemap import PRIVATE
-from samepage_merger.store import StoreFullError
+from samepage_merger.store import STORE_ID_BYTES, StoreFullError
 
 FETCH_MAX = 256
 HOLD_MAX = 4096
@@ -140,7 +142,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             digests, fingerprints = _checked(
                 request.domain_id, request.digests, request.fingerprints, HOLD_MAX
             )
-            owner, seconds = _owner(request.owner), _lease(request.lease_ms)
+            owner, seconds = _owner(request.owner, request.store_id), _lease(request.lease_ms)
         except BadRequestError as error:
             await _abort(context, str(error))
         domain = self._domains.find(request.domain_id)
@@ -162,7 +164,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> pages_pb2.RenewResponse:
         """Hold everything for longer."""
         try:
-            owner, seconds = _owner(request.owner), _lease(request.lease_ms)
+            owner, seconds = _owner(request.owner, request.store_id), _lease(request.lease_ms)
         except BadRequestError as error:
             await _abort(context, str(error))
         holds = 0
@@ -185,7 +187,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         """Keep pages no longer."""
         try:
             digests, _ = _checked(request.domain_id, request.digests, b"", HOLD_MAX)
-            owner = _owner(request.owner)
+            owner = _owner(request.owner, request.store_id)
         except BadRequestError as error:
             await _abort(context, str(error))
         domain = self._domains.find(request.domain_id)
@@ -208,7 +210,8 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             holder = _owner(request.holder)
         except BadRequestError as error:
             await _abort(context, str(error))
-        if self.keeper is None:
+        meant = request.store_id in (b"", self._domains.store_id)
+        if self.keeper is None or not meant:
             return pages_pb2.LetGoResponse(agreed=bytes(len(digests)))
         try:
             agreed = await self.keeper.let_go(request.domain_id, holder, digests)
@@ -221,7 +224,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> AsyncIterator[pages_pb2.SnapshotResponse]:
         """Freeze the bytes of an arena, page by page, and tell of them."""
         try:
-            owner, seconds = _owner(request.owner), _lease(request.lease_ms)
+            owner, seconds = _owner(request.owner, request.store_id), _lease(request.lease_ms)
             if request.snapshot_id:
                 snapshot = self._snapshots.find(request.snapshot_id, seconds)
             else:
@@ -229,8 +232,9 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
                 snapshot = self._snapshots.begin(
                     request.domain_id, request.arena, owner, seconds, offer=request.offer
                 )
+            store_id = self._domains.store_id
             async with contextlib.aclosing(self._snapshots.tell(snapshot)) as stretches:
-                async for response in _responses(snapshot, stretches):
+                async for response in _responses(snapshot, stretches, store_id):
                     yield response
         except _ERRORS as error:
             await _abort_for(context, error)
@@ -244,8 +248,9 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
                 raise BadRequestError(f"milliseconds must be 1 to {FREEZE_MS_MAX}")
             snapshot = self._snapshots.find(request.snapshot_id)
             frozen = self._snapshots.freeze(snapshot, request.milliseconds)
+            store_id = self._domains.store_id
             async with contextlib.aclosing(frozen) as stretches:
-                async for response in _responses(snapshot, stretches):
+                async for response in _responses(snapshot, stretches, store_id):
                     yield response
         except _ERRORS as error:
             await _abort_for(context, error)
@@ -255,7 +260,8 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> pages_pb2.LeaveResponse:
         """Let go of a frozen arena for good."""
         try:
-            left = await self._snapshots.leave(request.snapshot_id)
+            place = Place(request.store_id, request.agent, request.arena)
+            left = await self._snapshots.leave(request.snapshot_id, place)
         except _ERRORS as error:
             await _abort_for(context, error)
         return pages_pb2.LeaveResponse(left=left)
@@ -282,11 +288,16 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
 
 
 async def _responses(
-    snapshot: Snapshot, stretches: AsyncIterator[Stretch]
+    snapshot: Snapshot, stretches: AsyncIterator[Stretch], store_id: bytes
 ) -> AsyncIterator[pages_pb2.SnapshotResponse]:
     arena = snapshot.arena
     yield pages_pb2.SnapshotResponse(
-        snapshot_id=snapshot.id, pages=arena.pages, sealed=arena.sealed
+        snapshot_id=snapshot.id,
+        pages=arena.pages,
+        sealed=arena.sealed,
+        store_id=store_id,
+        agent=arena.agent,
+        arena=arena.number,
     )
     async for stretch in stretches:
         yield pages_pb2.SnapshotResponse(
@@ -327,10 +338,13 @@ def _checked(
     return parse_digests(digests), parse_fingerprints(fingerprints)
 
 
-def _owner(name: str) -> str:
+def _owner(name: str, store_id: bytes = b"") -> str:
+    """Return by what the owner's leases are known: host_of() has its host."""
     if not _HOST.fullmatch(name):
         raise BadRequestError(f"owner must be 1 to 253 of A-Z a-z 0-9 . _ -, not {name[:80]!r}")
-    return name
+    if len(store_id) not in (0, STORE_ID_BYTES):
+        raise BadRequestError(f"store_id has {len(store_id)} bytes, not {STORE_ID_BYTES}")
+    return owner_of(name, store_id)
 
 
 def _lease(lease_ms: int) -> float:

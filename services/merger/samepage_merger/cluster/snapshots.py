@@ -42,6 +42,7 @@ from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.looking import Looker, Step
 from samepage_merger.cluster.offers import OFFER_PAGES, Offers
+from samepage_merger.cluster.place import NOWHERE, Place
 from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.cluster.snapshot_errors import (
     NoAnswerError,
@@ -54,6 +55,7 @@ from samepage_merger.domains import Arena, Domain, Domains, State
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, join
+from samepage_merger.store import LIFE_BYTES
 
 FREEZE_MS_MAX = 60_000
 
@@ -212,8 +214,11 @@ class Snapshots:
                 await asyncio.shield(self._orders.freeze(arena, 0))
                 raise
 
-    async def leave(self, number: bytes) -> bool:
+    async def leave(self, number: bytes, place: Place = NOWHERE) -> bool:
         """Let the arena of a snapshot be left to the owner; return whether it was.
+
+        Args:
+            place: where the owner was told that the arena is.
 
         Raises:
             NoAnswerError: that is not known yet.
@@ -224,7 +229,7 @@ class Snapshots:
         snapshot = self._snapshots.get(number)
         lease = snapshot.lease if snapshot is not None else self._noted(number)
         if lease is None:
-            return self._unknown_left()
+            return self._unknown_left(place)
         if snapshot is not None and snapshot.arena.state is State.OPEN:
             async with snapshot.turn:
                 failpoint("snapshot.leaving")
@@ -381,10 +386,19 @@ class Snapshots:
                 raise NoAnswerError(f"the process of arena {lease.arena!r} has yet to announce it")
             # Its process is gone, and no other one may have taken the name over.
             return lease.arena not in domain.names or domain.names[lease.arena] in mine
-        return self._unknown_left()
+        return self._unknown_left(NOWHERE)
 
-    def _unknown_left(self) -> bool:
-        if all(domain.knows_all() for domain in self._domains):
+    def _unknown_left(self, place: Place) -> bool:
+        """Return whether an arena was left of whose snapshot nothing is known here."""
+        if place.store_id[:LIFE_BYTES] not in (b"", self._domains.store_id[:LIFE_BYTES]):
+            # The machine has started anew: whatever ran there is gone.
+            return True
+        if place.store_id not in (b"", self._domains.store_id):
+            # Nor of its lock: that was in a store that is gone. Its process alone can tell.
+            arenas = [arena for domain in self._domains for arena in domain.arenas]
+            if any(arena.state is State.OPEN and place.is_of(arena) for arena in arenas):
+                return False
+        elif all(domain.knows_all() for domain in self._domains):
             return False
         raise NoAnswerError("processes of this host have yet to announce their arenas: ask again")
 

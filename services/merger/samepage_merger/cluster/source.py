@@ -19,6 +19,7 @@ import numpy as np
 from samepage.v1 import pages_pb2, pages_pb2_grpc
 from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.place import NOWHERE, Place
 from samepage_merger.domains import RefusedError
 from samepage_merger.runs import Int64s
 
@@ -62,12 +63,14 @@ class Snapshot:
     Args:
         host: the source, as errors call it.
         owner: this host.
+        store_id: its own.
         lease_seconds: how long the source keeps it if it hears nothing more.
 
     Attributes:
         id: empty until the first answer.
         pages: of the arena.
         sealed: whether the arena can only be read, by the last answer.
+        place: of the arena.
     """
 
     def __init__(
@@ -78,21 +81,26 @@ class Snapshot:
         arena: str,
         owner: str,
         lease_seconds: float,
+        store_id: bytes = b"",
     ) -> None:
         self.host = host
         self.id = b""
         self.pages = 0
         self.sealed = False
+        self.place = NOWHERE
         self._stub = stub
         self._names = {"domain_id": domain_id, "arena": arena}
         self._owner = owner
+        self._store_id = store_id
         self._lease_ms = min(round(lease_seconds * 1000), 2**32 - 1)
 
     @classmethod
-    def known(cls, stub: pages_pb2_grpc.PagesAsyncStub, host: str, snapshot_id: bytes) -> Snapshot:
+    def known(
+        cls, stub: pages_pb2_grpc.PagesAsyncStub, host: str, snapshot_id: bytes, place: Place
+    ) -> Snapshot:
         """Return one that was made before, only to be ended or left."""
         snapshot = cls(stub, host, b"", "", "", 0)
-        snapshot.id = snapshot_id
+        snapshot.id, snapshot.place = snapshot_id, place
         return snapshot
 
     def round(self, *, offer: bool = False) -> AsyncGenerator[Stretch]:
@@ -109,7 +117,11 @@ class Snapshot:
         """
         names = {"snapshot_id": self.id} if self.id else self._names
         request = pages_pb2.SnapshotRequest(
-            owner=self._owner, lease_ms=self._lease_ms, offer=offer, **names
+            owner=self._owner,
+            store_id=self._store_id,
+            lease_ms=self._lease_ms,
+            offer=offer,
+            **names,
         )
         return self._stretches(self._stub.Snapshot(request), None)
 
@@ -152,7 +164,10 @@ class Snapshot:
             RefusedError: as the protocol knows it.
         """
         request = pages_pb2.RenewRequest(
-            owner=self._owner, lease_ms=self._lease_ms, snapshot_ids=[self.id]
+            owner=self._owner,
+            store_id=self._store_id,
+            lease_ms=self._lease_ms,
+            snapshot_ids=[self.id],
         )
         with told(self.host):
             await self._stub.Renew(request, timeout=_END_SECONDS)
@@ -163,7 +178,12 @@ class Snapshot:
         Raises:
             RefusedError: it is not known yet.
         """
-        request = pages_pb2.LeaveRequest(snapshot_id=self.id)
+        request = pages_pb2.LeaveRequest(
+            snapshot_id=self.id,
+            store_id=self.place.store_id,
+            agent=self.place.agent,
+            arena=self.place.arena,
+        )
         with told(self.host):
             return (await self._stub.Leave(request, timeout=seconds)).left
 
@@ -192,6 +212,7 @@ class Snapshot:
     def _checked(self, response: pages_pb2.SnapshotResponse) -> Stretch:
         if not self.id:
             self.id, self.pages = response.snapshot_id, response.pages
+            self.place = Place(response.store_id, response.agent, response.arena)
         self.sealed = response.sealed
         digests = np.frombuffer(response.digests, np.uint8)
         fingerprints = np.frombuffer(response.fingerprints, np.uint8)
