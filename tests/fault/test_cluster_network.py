@@ -183,6 +183,22 @@ def test_clone_to_a_host_without_memory(cluster: World) -> None:
     cluster.clone("clone", source, 2)
 
 
+@pytest.mark.parametrize("here", [False, True], ids=["all to be fetched", "all of it here"])
+def test_clone_beyond_the_headroom(cluster: World, here: bool) -> None:
+    source = cluster.create(1, PAGES)
+    if here:
+        cluster.share(cluster.create(2, PAGES, source.seed))
+    cluster.set_policy(2, memory_ceiling_bytes=1 << 16)
+    try:
+        with pytest.raises(ApplicationError, match="memory") as raised:
+            cluster.application(2).call("clone", "clone_arena", source.source, "copy", 20)
+        assert raised.value.kind == "OutOfMemoryError"
+        assert "copy" not in cluster.names(2)
+    finally:
+        cluster.set_policy(2, memory_ceiling_bytes=0)
+    cluster.clone("clone", source, 2)
+
+
 def test_evict_with_a_full_disk(cluster: World) -> None:
     held = cluster.create(1, PAGES)
     cluster.set_policy(1, spill_limit_bytes=1 << 20)
