@@ -139,6 +139,10 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
             self.kept |= snapshot.held
         return pb.EndSnapshotResponse()
 
+    async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        """It knows no groups."""
+        return pb.DescribeResponse()
+
     async def Taken(self, request: pb.TakenRequest, context: Context) -> pb.TakenResponse:
         """It offers nothing, as an older one."""
         return pb.TakenResponse()

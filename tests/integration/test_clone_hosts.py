@@ -345,6 +345,8 @@ class TestCommands:
             "missing_bytes": 0,
             "freeze_microseconds": 0,
         }
+        # The clone left the source as it was: that its pages are here the scanner must know.
+        source.share(timeout=30.0)
         moved = command(
             "migrate", f"host-2/{name}", "--to", "host-1", "--max-freeze", "30s", *place
         )

@@ -603,6 +603,42 @@ class TestOffers:
         await host.pages.Taken(pages_pb2.TakenRequest(snapshot_id=stretch.snapshot_id))
         assert await call.read() == grpc.aio.EOF
 
+    async def test_groups_are_told_of_and_described(
+        self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
+    ) -> None:
+        data = random_pages(OFFER_PAGES + 300, 1)
+        data[:128] = 0
+        await agent.open("arena", data)
+        digests = digests_of(data)
+        request_.group = True
+        call = host.pages.Snapshot(request_)
+        first, last = [await self.next(call) for _ in range(3)][1:]
+        assert (first.group_pages, last.group_pages) == (OFFER_PAGES, 300)
+        assert not (first.digests or first.fingerprints)
+        assert first.groups[:32] == bytes(32)
+        assert len(first.groups) == OFFER_PAGES // 128 * 32 and len(last.groups) == 3 * 32
+
+        def describe(groups: bytes) -> Any:
+            return host.pages.Describe(
+                pages_pb2.DescribeRequest(
+                    snapshot_id=first.snapshot_id, first_page=OFFER_PAGES, groups=groups
+                )
+            )
+
+        answer = await describe(b"\1\0\1")
+        rows = OFFER_PAGES + np.r_[0:128, 256:300]
+        assert answer.digests == digests[rows].tobytes()
+        assert answer.fingerprints == fingerprints_of(data[rows]).tobytes()
+        await refused(describe(b"\1"), grpc.StatusCode.INVALID_ARGUMENT)
+        for stretch in (first, last):
+            await host.pages.Taken(
+                pages_pb2.TakenRequest(
+                    snapshot_id=stretch.snapshot_id, first_page=stretch.first_page
+                )
+            )
+        await refused(describe(b"\1\0\1"), grpc.StatusCode.NOT_FOUND)
+        assert await call.read() == grpc.aio.EOF
+
     async def test_taking_what_is_not_there(self, host: PagesHost) -> None:
         request = pages_pb2.TakenRequest(snapshot_id=bytes(16))
         await refused(host.pages.Taken(request), grpc.StatusCode.NOT_FOUND)

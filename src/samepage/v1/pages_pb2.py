@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/pages.proto\x12\x0bsamepage.v1\"H\n\x0c\x46\x65tchRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"-\n\rFetchResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x0c\"\x8a\x01\n\x0fSnapshotRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\r\n\x05offer\x18\x06 \x01(\x08\x12\x10\n\x08store_id\x18\x07 \x01(\x0c\"\xc2\x01\n\x10SnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x05 \x01(\x0c\x12\x0e\n\x06sealed\x18\x06 \x01(\x08\x12\x0f\n\x07offered\x18\x07 \x01(\x08\x12\x10\n\x08store_id\x18\x08 \x01(\x0c\x12\r\n\x05\x61gent\x18\t \x01(\x0c\x12\r\n\x05\x61rena\x18\n \x01(\r\"7\n\x0cTakenRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\"\x0f\n\rTakenResponse\"=\n\x12\x45ndSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nkeep_holds\x18\x02 \x01(\x08\"\x15\n\x13\x45ndSnapshotResponse\":\n\rFreezeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\r\"S\n\x0cLeaveRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\r\n\x05\x61rena\x18\x04 \x01(\r\"\x1d\n\rLeaveResponse\x12\x0c\n\x04left\x18\x01 \x01(\x08\"z\n\x0bHoldRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\x10\n\x08store_id\x18\x06 \x01(\x0c\"\x1c\n\x0cHoldResponse\x12\x0c\n\x04held\x18\x01 \x01(\x0c\"W\n\x0cRenewRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x14\n\x0csnapshot_ids\x18\x03 \x03(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1e\n\rRenewResponse\x12\r\n\x05holds\x18\x01 \x01(\x04\"U\n\x0eReleaseRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x11\n\x0fReleaseResponse\"T\n\x0cLetGoRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1f\n\rLetGoResponse\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x0c\x32\xb2\x05\n\x05Pages\x12\x42\n\x05\x46\x65tch\x12\x19.samepage.v1.FetchRequest\x1a\x1a.samepage.v1.FetchResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1c.samepage.v1.SnapshotRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Taken\x12\x19.samepage.v1.TakenRequest\x1a\x1a.samepage.v1.TakenResponse\x12P\n\x0b\x45ndSnapshot\x12\x1f.samepage.v1.EndSnapshotRequest\x1a .samepage.v1.EndSnapshotResponse\x12\x45\n\x06\x46reeze\x12\x1a.samepage.v1.FreezeRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Leave\x12\x19.samepage.v1.LeaveRequest\x1a\x1a.samepage.v1.LeaveResponse\x12;\n\x04Hold\x12\x18.samepage.v1.HoldRequest\x1a\x19.samepage.v1.HoldResponse\x12>\n\x05Renew\x12\x19.samepage.v1.RenewRequest\x1a\x1a.samepage.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.samepage.v1.ReleaseRequest\x1a\x1c.samepage.v1.ReleaseResponse\x12>\n\x05LetGo\x12\x19.samepage.v1.LetGoRequest\x1a\x1a.samepage.v1.LetGoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/pages.proto\x12\x0bsamepage.v1\"H\n\x0c\x46\x65tchRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"-\n\rFetchResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x0c\"\x99\x01\n\x0fSnapshotRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\r\n\x05offer\x18\x06 \x01(\x08\x12\x10\n\x08store_id\x18\x07 \x01(\x0c\x12\r\n\x05group\x18\x08 \x01(\x08\"\xe7\x01\n\x10SnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x05 \x01(\x0c\x12\x0e\n\x06sealed\x18\x06 \x01(\x08\x12\x0f\n\x07offered\x18\x07 \x01(\x08\x12\x10\n\x08store_id\x18\x08 \x01(\x0c\x12\r\n\x05\x61gent\x18\t \x01(\x0c\x12\r\n\x05\x61rena\x18\n \x01(\r\x12\x0e\n\x06groups\x18\x0b \x01(\x0c\x12\x13\n\x0bgroup_pages\x18\x0c \x01(\r\"J\n\x0f\x44\x65scribeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\x12\x0e\n\x06groups\x18\x03 \x01(\x0c\"9\n\x10\x44\x65scribeResponse\x12\x0f\n\x07\x64igests\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\"7\n\x0cTakenRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\"\x0f\n\rTakenResponse\"=\n\x12\x45ndSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nkeep_holds\x18\x02 \x01(\x08\"\x15\n\x13\x45ndSnapshotResponse\":\n\rFreezeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\r\"S\n\x0cLeaveRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\r\n\x05\x61rena\x18\x04 \x01(\r\"\x1d\n\rLeaveResponse\x12\x0c\n\x04left\x18\x01 \x01(\x08\"z\n\x0bHoldRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\x10\n\x08store_id\x18\x06 \x01(\x0c\"\x1c\n\x0cHoldResponse\x12\x0c\n\x04held\x18\x01 \x01(\x0c\"W\n\x0cRenewRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x14\n\x0csnapshot_ids\x18\x03 \x03(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1e\n\rRenewResponse\x12\r\n\x05holds\x18\x01 \x01(\x04\"U\n\x0eReleaseRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x11\n\x0fReleaseResponse\"T\n\x0cLetGoRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1f\n\rLetGoResponse\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x0c\x32\xfb\x05\n\x05Pages\x12\x42\n\x05\x46\x65tch\x12\x19.samepage.v1.FetchRequest\x1a\x1a.samepage.v1.FetchResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1c.samepage.v1.SnapshotRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12G\n\x08\x44\x65scribe\x12\x1c.samepage.v1.DescribeRequest\x1a\x1d.samepage.v1.DescribeResponse\x12>\n\x05Taken\x12\x19.samepage.v1.TakenRequest\x1a\x1a.samepage.v1.TakenResponse\x12P\n\x0b\x45ndSnapshot\x12\x1f.samepage.v1.EndSnapshotRequest\x1a .samepage.v1.EndSnapshotResponse\x12\x45\n\x06\x46reeze\x12\x1a.samepage.v1.FreezeRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Leave\x12\x19.samepage.v1.LeaveRequest\x1a\x1a.samepage.v1.LeaveResponse\x12;\n\x04Hold\x12\x18.samepage.v1.HoldRequest\x1a\x19.samepage.v1.HoldResponse\x12>\n\x05Renew\x12\x19.samepage.v1.RenewRequest\x1a\x1a.samepage.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.samepage.v1.ReleaseRequest\x1a\x1c.samepage.v1.ReleaseResponse\x12>\n\x05LetGo\x12\x19.samepage.v1.LetGoRequest\x1a\x1a.samepage.v1.LetGoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,39 +36,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_FETCHRESPONSE']._serialized_start=114
   _globals['_FETCHRESPONSE']._serialized_end=159
   _globals['_SNAPSHOTREQUEST']._serialized_start=162
-  _globals['_SNAPSHOTREQUEST']._serialized_end=300
-  _globals['_SNAPSHOTRESPONSE']._serialized_start=303
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=497
-  _globals['_TAKENREQUEST']._serialized_start=499
-  _globals['_TAKENREQUEST']._serialized_end=554
-  _globals['_TAKENRESPONSE']._serialized_start=556
-  _globals['_TAKENRESPONSE']._serialized_end=571
-  _globals['_ENDSNAPSHOTREQUEST']._serialized_start=573
-  _globals['_ENDSNAPSHOTREQUEST']._serialized_end=634
-  _globals['_ENDSNAPSHOTRESPONSE']._serialized_start=636
-  _globals['_ENDSNAPSHOTRESPONSE']._serialized_end=657
-  _globals['_FREEZEREQUEST']._serialized_start=659
-  _globals['_FREEZEREQUEST']._serialized_end=717
-  _globals['_LEAVEREQUEST']._serialized_start=719
-  _globals['_LEAVEREQUEST']._serialized_end=802
-  _globals['_LEAVERESPONSE']._serialized_start=804
-  _globals['_LEAVERESPONSE']._serialized_end=833
-  _globals['_HOLDREQUEST']._serialized_start=835
-  _globals['_HOLDREQUEST']._serialized_end=957
-  _globals['_HOLDRESPONSE']._serialized_start=959
-  _globals['_HOLDRESPONSE']._serialized_end=987
-  _globals['_RENEWREQUEST']._serialized_start=989
-  _globals['_RENEWREQUEST']._serialized_end=1076
-  _globals['_RENEWRESPONSE']._serialized_start=1078
-  _globals['_RENEWRESPONSE']._serialized_end=1108
-  _globals['_RELEASEREQUEST']._serialized_start=1110
-  _globals['_RELEASEREQUEST']._serialized_end=1195
-  _globals['_RELEASERESPONSE']._serialized_start=1197
-  _globals['_RELEASERESPONSE']._serialized_end=1214
-  _globals['_LETGOREQUEST']._serialized_start=1216
-  _globals['_LETGOREQUEST']._serialized_end=1300
-  _globals['_LETGORESPONSE']._serialized_start=1302
-  _globals['_LETGORESPONSE']._serialized_end=1333
-  _globals['_PAGES']._serialized_start=1336
-  _globals['_PAGES']._serialized_end=2026
+  _globals['_SNAPSHOTREQUEST']._serialized_end=315
+  _globals['_SNAPSHOTRESPONSE']._serialized_start=318
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=549
+  _globals['_DESCRIBEREQUEST']._serialized_start=551
+  _globals['_DESCRIBEREQUEST']._serialized_end=625
+  _globals['_DESCRIBERESPONSE']._serialized_start=627
+  _globals['_DESCRIBERESPONSE']._serialized_end=684
+  _globals['_TAKENREQUEST']._serialized_start=686
+  _globals['_TAKENREQUEST']._serialized_end=741
+  _globals['_TAKENRESPONSE']._serialized_start=743
+  _globals['_TAKENRESPONSE']._serialized_end=758
+  _globals['_ENDSNAPSHOTREQUEST']._serialized_start=760
+  _globals['_ENDSNAPSHOTREQUEST']._serialized_end=821
+  _globals['_ENDSNAPSHOTRESPONSE']._serialized_start=823
+  _globals['_ENDSNAPSHOTRESPONSE']._serialized_end=844
+  _globals['_FREEZEREQUEST']._serialized_start=846
+  _globals['_FREEZEREQUEST']._serialized_end=904
+  _globals['_LEAVEREQUEST']._serialized_start=906
+  _globals['_LEAVEREQUEST']._serialized_end=989
+  _globals['_LEAVERESPONSE']._serialized_start=991
+  _globals['_LEAVERESPONSE']._serialized_end=1020
+  _globals['_HOLDREQUEST']._serialized_start=1022
+  _globals['_HOLDREQUEST']._serialized_end=1144
+  _globals['_HOLDRESPONSE']._serialized_start=1146
+  _globals['_HOLDRESPONSE']._serialized_end=1174
+  _globals['_RENEWREQUEST']._serialized_start=1176
+  _globals['_RENEWREQUEST']._serialized_end=1263
+  _globals['_RENEWRESPONSE']._serialized_start=1265
+  _globals['_RENEWRESPONSE']._serialized_end=1295
+  _globals['_RELEASEREQUEST']._serialized_start=1297
+  _globals['_RELEASEREQUEST']._serialized_end=1382
+  _globals['_RELEASERESPONSE']._serialized_start=1384
+  _globals['_RELEASERESPONSE']._serialized_end=1401
+  _globals['_LETGOREQUEST']._serialized_start=1403
+  _globals['_LETGOREQUEST']._serialized_end=1487
+  _globals['_LETGORESPONSE']._serialized_start=1489
+  _globals['_LETGORESPONSE']._serialized_end=1520
+  _globals['_PAGES']._serialized_start=1523
+  _globals['_PAGES']._serialized_end=2286
 # @@protoc_insertion_point(module_scope)

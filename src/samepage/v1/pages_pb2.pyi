@@ -82,6 +82,7 @@ class SnapshotRequest(_message.Message):
     LEASE_MS_FIELD_NUMBER: _builtins.int
     OFFER_FIELD_NUMBER: _builtins.int
     STORE_ID_FIELD_NUMBER: _builtins.int
+    GROUP_FIELD_NUMBER: _builtins.int
     domain_id: _builtins.bytes
     """The first call: 16 bytes, and the arena's name."""
     arena: _builtins.str
@@ -97,6 +98,8 @@ class SnapshotRequest(_message.Message):
     no more than a few at a time. A merger that does not know this holds everything.
     """
     store_id: _builtins.bytes
+    group: _builtins.bool
+    """With `offer`: tell of groups of 128 pages rather than of pages; Describe tells of those."""
     def __init__(
         self,
         *,
@@ -107,10 +110,11 @@ class SnapshotRequest(_message.Message):
         lease_ms: _builtins.int = ...,
         offer: _builtins.bool = ...,
         store_id: _builtins.bytes = ...,
+        group: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain_id", b"domain_id", "lease_ms", b"lease_ms", "offer", b"offer", "owner", b"owner", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arena", b"arena", "domain_id", b"domain_id", "group", b"group", "lease_ms", b"lease_ms", "offer", b"offer", "owner", b"owner", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -132,6 +136,8 @@ class SnapshotResponse(_message.Message):
     STORE_ID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     ARENA_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    GROUP_PAGES_FIELD_NUMBER: _builtins.int
     snapshot_id: _builtins.bytes
     """16 bytes; drawn by the source."""
     pages: _builtins.int
@@ -152,6 +158,13 @@ class SnapshotResponse(_message.Message):
     agent: _builtins.bytes
     """Whose the arena is: the agent's number, 16 bytes, and the arena's within it."""
     arena: _builtins.int
+    groups: _builtins.bytes
+    """Instead of digests and fingerprints: a digest for each group of 128 pages, from `first_page`, a
+    multiple of 128, on. It is that of a page that consists of the group's digests, with zeros for
+    those that a last group lacks.
+    """
+    group_pages: _builtins.int
+    """How many pages these are."""
     def __init__(
         self,
         *,
@@ -165,14 +178,67 @@ class SnapshotResponse(_message.Message):
         store_id: _builtins.bytes = ...,
         agent: _builtins.bytes = ...,
         arena: _builtins.int = ...,
+        groups: _builtins.bytes = ...,
+        group_pages: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "offered", b"offered", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "group_pages", b"group_pages", "groups", b"groups", "offered", b"offered", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotResponse: _TypeAlias = SnapshotResponse  # noqa: Y015
+
+@_typing.final
+class DescribeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SNAPSHOT_ID_FIELD_NUMBER: _builtins.int
+    FIRST_PAGE_FIELD_NUMBER: _builtins.int
+    GROUPS_FIELD_NUMBER: _builtins.int
+    snapshot_id: _builtins.bytes
+    first_page: _builtins.int
+    """Of the stretch."""
+    groups: _builtins.bytes
+    """A byte for each of its groups: 1 when it is to be told of."""
+    def __init__(
+        self,
+        *,
+        snapshot_id: _builtins.bytes = ...,
+        first_page: _builtins.int = ...,
+        groups: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first_page", b"first_page", "groups", b"groups", "snapshot_id", b"snapshot_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRequest: _TypeAlias = DescribeRequest  # noqa: Y015
+
+@_typing.final
+class DescribeResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    FINGERPRINTS_FIELD_NUMBER: _builtins.int
+    digests: _builtins.bytes
+    """128 for each group that was asked for; of a last group as many as it has pages."""
+    fingerprints: _builtins.bytes
+    """As many."""
+    def __init__(
+        self,
+        *,
+        digests: _builtins.bytes = ...,
+        fingerprints: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests", "fingerprints", b"fingerprints"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeResponse: _TypeAlias = DescribeResponse  # noqa: Y015
 
 @_typing.final
 class TakenRequest(_message.Message):

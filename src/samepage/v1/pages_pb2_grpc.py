@@ -54,6 +54,11 @@ class PagesStub:
                 request_serializer=samepage_dot_v1_dot_pages__pb2.SnapshotRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_pages__pb2.SnapshotResponse.FromString,
                 _registered_method=True)
+        self.Describe = channel.unary_unary(
+                '/samepage.v1.Pages/Describe',
+                request_serializer=samepage_dot_v1_dot_pages__pb2.DescribeRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_pages__pb2.DescribeResponse.FromString,
+                _registered_method=True)
         self.Taken = channel.unary_unary(
                 '/samepage.v1.Pages/Taken',
                 request_serializer=samepage_dot_v1_dot_pages__pb2.TakenRequest.SerializeToString,
@@ -126,6 +131,14 @@ class PagesServicer:
         Errors: NOT_FOUND (no such arena, or no such snapshot any more), INVALID_ARGUMENT,
         RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
         FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Describe(self, request, context):
+        """Tell of the pages of a stretch that is offered in groups. Errors: INVALID_ARGUMENT (`groups`),
+        NOT_FOUND (no such snapshot or stretch any more).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -212,6 +225,11 @@ def add_PagesServicer_to_server(servicer, server):
                     servicer.Snapshot,
                     request_deserializer=samepage_dot_v1_dot_pages__pb2.SnapshotRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_pages__pb2.SnapshotResponse.SerializeToString,
+            ),
+            'Describe': grpc.unary_unary_rpc_method_handler(
+                    servicer.Describe,
+                    request_deserializer=samepage_dot_v1_dot_pages__pb2.DescribeRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_pages__pb2.DescribeResponse.SerializeToString,
             ),
             'Taken': grpc.unary_unary_rpc_method_handler(
                     servicer.Taken,
@@ -318,6 +336,33 @@ class Pages:
             '/samepage.v1.Pages/Snapshot',
             samepage_dot_v1_dot_pages__pb2.SnapshotRequest.SerializeToString,
             samepage_dot_v1_dot_pages__pb2.SnapshotResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Describe(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Pages/Describe',
+            samepage_dot_v1_dot_pages__pb2.DescribeRequest.SerializeToString,
+            samepage_dot_v1_dot_pages__pb2.DescribeResponse.FromString,
             options,
             channel_credentials,
             insecure,

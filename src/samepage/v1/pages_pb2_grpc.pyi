@@ -59,6 +59,10 @@ class PagesStub:
     RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
     FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
     """
+    Describe: _grpc.UnaryUnaryMultiCallable[_pages_pb2.DescribeRequest, _pages_pb2.DescribeResponse]
+    """Tell of the pages of a stretch that is offered in groups. Errors: INVALID_ARGUMENT (`groups`),
+    NOT_FOUND (no such snapshot or stretch any more).
+    """
     Taken: _grpc.UnaryUnaryMultiCallable[_pages_pb2.TakenRequest, _pages_pb2.TakenResponse]
     """Pages that a snapshot offered are not needed any more: there is room to offer others. Those that
     are not offered are no error. Errors: NOT_FOUND (no such snapshot any more).
@@ -124,6 +128,10 @@ class PagesAsyncStub(PagesStub):
     Errors: NOT_FOUND (no such arena, or no such snapshot any more), INVALID_ARGUMENT,
     RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
     FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
+    """
+    Describe: _aio.UnaryUnaryMultiCallable[_pages_pb2.DescribeRequest, _pages_pb2.DescribeResponse]  # type: ignore[assignment]
+    """Tell of the pages of a stretch that is offered in groups. Errors: INVALID_ARGUMENT (`groups`),
+    NOT_FOUND (no such snapshot or stretch any more).
     """
     Taken: _aio.UnaryUnaryMultiCallable[_pages_pb2.TakenRequest, _pages_pb2.TakenResponse]  # type: ignore[assignment]
     """Pages that a snapshot offered are not needed any more: there is room to offer others. Those that
@@ -199,6 +207,16 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         Errors: NOT_FOUND (no such arena, or no such snapshot any more), INVALID_ARGUMENT,
         RESOURCE_EXHAUSTED (the store has no room), UNAVAILABLE (the arena's process does not answer),
         FAILED_PRECONDITION (pages of it are on other hosts and cannot be brought back now).
+        """
+
+    @_abc_1.abstractmethod
+    def Describe(
+        self,
+        request: _pages_pb2.DescribeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pages_pb2.DescribeResponse, _abc.Awaitable[_pages_pb2.DescribeResponse]]:
+        """Tell of the pages of a stretch that is offered in groups. Errors: INVALID_ARGUMENT (`groups`),
+        NOT_FOUND (no such snapshot or stretch any more).
         """
 
     @_abc_1.abstractmethod

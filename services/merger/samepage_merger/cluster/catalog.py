@@ -17,6 +17,7 @@ import numpy.typing as npt
 from samepage_merger.books import Books
 from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import Digester, equal
+from samepage_merger.cluster.groups import Groups
 from samepage_merger.cluster.keys import Keys, KeyTable, keys_of
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s
@@ -30,6 +31,9 @@ class Catalog:
 
     Args:
         free: gives back slots that are in the books no more.
+
+    Attributes:
+        groups: what is known of many pages by one digest.
     """
 
     def __init__(
@@ -40,6 +44,7 @@ class Catalog:
         self._digester = digester
         self._free = free
         self._table = KeyTable(books.table.contains)
+        self.groups = Groups(books, store, digester, free)
 
     def __len__(self) -> int:
         """Entries, those of freed slots too until they are dropped."""
@@ -48,7 +53,7 @@ class Catalog:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that the entries take."""
-        return self._table.nbytes
+        return self._table.nbytes + self.groups.nbytes
 
     def add(self, keys: Keys, slots: Int64s) -> None:
         """Enter live slots, by the keys of their digests; those that are known are left out."""
@@ -113,9 +118,10 @@ class Catalog:
 
     async def verify(self, digests: Digests, slots: Int64s) -> npt.NDArray[np.bool_]:
         """Return whether each slot's bytes have its digest. The slots must be held."""
-        good = np.zeros(slots.size, np.bool_)
-        for low in range(0, slots.size, _VERIFY_PAGES):
-            part = slice(low, low + _VERIFY_PAGES)
+        good = self.groups.seen(slots, digests)
+        left = np.flatnonzero(~good)
+        for low in range(0, left.size, _VERIFY_PAGES):
+            part = left[low : low + _VERIFY_PAGES]
             data = self._store.read_all(slots[part])
             good[part] = equal(await self._digester.pages_apart(data), digests[part])
         return good

@@ -327,6 +327,9 @@ class Clone:
         """Let the stretch's pages be away, and have them land."""
         if not len(stretch.digests):
             return
+        if len(stretch.groups):
+            known, digests = await arena.domain.catalog.groups.find(stretch.groups)
+            stretch = await snapshot.describe(stretch, known, digests)
         chunk = Chunk(stretch.pages, stretch.digests, stretch.fingerprints)
         zero = are_zero(chunk.digests)
         self._zero += int(np.count_nonzero(zero))

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from samepage.daemon.wire import PAGE_SIZE
 from samepage_merger.cluster.away import Bytes, Digests
-from samepage_merger.cluster.digests import are_zero, equal
+from samepage_merger.cluster.digests import Fingerprints, are_zero, equal
 from samepage_merger.cluster.keys import Keys, keys_of
 from samepage_merger.runs import Indices, join
 
@@ -33,11 +33,13 @@ class _Offer:
     """One stretch.
 
     Attributes:
+        fingerprints: as many as digests.
         keys: of its digests, ascending; those of zeros are left out.
         rows: which page each of these is.
     """
 
     digests: Digests
+    fingerprints: Fingerprints
     data: Rows
     keys: Keys
     rows: Indices
@@ -66,13 +68,13 @@ class Offers:
             return self._buffers.pop()
         return np.empty((OFFER_PAGES, PAGE_SIZE), np.uint8)
 
-    def add(self, first: int, digests: Digests, data: Rows) -> None:
+    def add(self, first: int, digests: Digests, fingerprints: Fingerprints, data: Rows) -> None:
         """Offer the stretch that begins at a page; `data` is a buffer that begins with its pages,
         but for those of zeros."""
         keys = keys_of(digests)
         order = np.argsort(keys, kind="stable")
         order = order[~are_zero(digests)[order]]
-        self._offers[first] = _Offer(digests, data, keys[order], order)
+        self._offers[first] = _Offer(digests, fingerprints, data, keys[order], order)
 
     def taken(self, first: int) -> None:
         """Offer a stretch no longer; one that is not offered is no error."""
@@ -80,6 +82,11 @@ class Offers:
         if offer is not None:
             self._buffers.append(offer.data)
             self._places.release()
+
+    def describe(self, first: int) -> tuple[Digests, Fingerprints] | None:
+        """Return what the pages of a stretch are; None when it is not offered."""
+        offer = self._offers.get(first)
+        return None if offer is None else (offer.digests, offer.fingerprints)
 
     async def all_taken(self) -> None:
         """Wait until nothing is offered; nothing is from then on."""

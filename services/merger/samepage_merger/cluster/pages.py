@@ -24,6 +24,7 @@ from samepage_merger.cluster.digests import (
     parse_digests,
     parse_fingerprints,
 )
+from samepage_merger.cluster.groups import GROUP_PAGES, group_digests
 from samepage_merger.cluster.holds import owner_of
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.keeping import Keeper
@@ -232,6 +233,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
                 snapshot = self._snapshots.begin(
                     request.domain_id, request.arena, owner, seconds, offer=request.offer
                 )
+                snapshot.grouped = request.offer and request.group
             store_id = self._domains.store_id
             async with contextlib.aclosing(self._snapshots.tell(snapshot)) as stretches:
                 async for response in _responses(snapshot, stretches, store_id):
@@ -265,6 +267,27 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         except _ERRORS as error:
             await _abort_for(context, error)
         return pages_pb2.LeaveResponse(left=left)
+
+    async def Describe(
+        self, request: pages_pb2.DescribeRequest, context: Context
+    ) -> pages_pb2.DescribeResponse:
+        """Tell of the pages of groups."""
+        try:
+            snapshot = self._snapshots.find(request.snapshot_id)
+            offers = snapshot.offers
+            known = offers.describe(request.first_page) if offers is not None else None
+            if known is None:
+                raise NoArenaError("there is no such stretch any more")
+            digests, fingerprints = known
+            if len(request.groups) != -(-len(digests) // GROUP_PAGES):
+                raise BadRequestError("groups must be a byte for each group of the stretch")
+        except _ERRORS as error:
+            await _abort_for(context, error)
+        wanted = np.repeat(np.frombuffer(request.groups, np.uint8) != 0, GROUP_PAGES)
+        wanted = wanted[: len(digests)]
+        return pages_pb2.DescribeResponse(
+            digests=digests[wanted].tobytes(), fingerprints=fingerprints[wanted].tobytes()
+        )
 
     async def Taken(
         self, request: pages_pb2.TakenRequest, context: Context
@@ -300,15 +323,20 @@ async def _responses(
         arena=arena.number,
     )
     async for stretch in stretches:
-        yield pages_pb2.SnapshotResponse(
+        response = pages_pb2.SnapshotResponse(
             snapshot_id=snapshot.id,
             pages=arena.pages,
             sealed=arena.sealed,
             first_page=stretch.first_page,
-            digests=stretch.digests.tobytes(),
-            fingerprints=stretch.fingerprints.tobytes(),
             offered=snapshot.offers is not None,
         )
+        if snapshot.grouped:
+            response.groups = group_digests(arena.domain.digester, stretch.digests).tobytes()
+            response.group_pages = len(stretch.digests)
+        else:
+            response.digests = stretch.digests.tobytes()
+            response.fingerprints = stretch.fingerprints.tobytes()
+        yield response
 
 
 def _check_domain(domain_id: bytes) -> None:

@@ -92,6 +92,7 @@ class Snapshot:
             zeros), or _NEVER.
         turn: held by the round that is under way.
         offers: what is offered instead of being held; None: nothing is.
+        grouped: whether the owner is told of groups of pages.
     """
 
     id: bytes
@@ -100,6 +101,7 @@ class Snapshot:
     told: Int64s
     turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     offers: Offers | None = None
+    grouped: bool = False
 
     def taken(self, first_page: int) -> None:
         """Offer a stretch no longer."""
@@ -296,7 +298,7 @@ class Snapshots:
         digests, prints = await self._looker.read(arena, pages, data)
         failpoint("snapshot.read")
         _check_lease(snapshot)
-        offers.add(first, digests, data)
+        offers.add(first, digests, prints, data)
         failpoint("snapshot.offered")
         return Stretch(first, digests, prints)
 

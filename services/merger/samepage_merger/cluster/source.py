@@ -10,15 +10,17 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
 import numpy as np
 
 from samepage.v1 import pages_pb2, pages_pb2_grpc
-from samepage_merger.cluster.away import Digests
+from samepage_merger.cluster.away import Digests, Mask, no_digests
 from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.groups import GROUP_PAGES
+from samepage_merger.cluster.landing import CHUNK_PAGES
 from samepage_merger.cluster.place import NOWHERE, Place
 from samepage_merger.domains import RefusedError
 from samepage_merger.runs import Int64s
@@ -44,12 +46,15 @@ class Stretch:
 
     Attributes:
         offered: the source keeps them until it is told that they were taken.
+        groups: digests of groups of pages; those of the pages, and their fingerprints, are only
+            known when they were described.
     """
 
     first: int
     digests: Digests
     fingerprints: Fingerprints
     offered: bool = False
+    groups: Digests = field(default_factory=no_digests)
 
     @property
     def pages(self) -> Int64s:
@@ -121,6 +126,7 @@ class Snapshot:
             store_id=self._store_id,
             lease_ms=self._lease_ms,
             offer=offer,
+            group=offer,
             **names,
         )
         return self._stretches(self._stub.Snapshot(request), None)
@@ -134,6 +140,29 @@ class Snapshot:
         """
         request = pages_pb2.FreezeRequest(snapshot_id=self.id, milliseconds=milliseconds)
         return self._stretches(self._stub.Freeze(request), milliseconds / 1000)
+
+    async def describe(self, stretch: Stretch, known: Mask, digests: Digests) -> Stretch:
+        """Return a stretch with what its pages are; of groups that are known, `digests` has it.
+
+        Raises:
+            RefusedError: as the protocol knows it.
+        """
+        count = len(stretch.digests)
+        fingerprints = np.zeros((count, 16), np.uint8)
+        ask = np.repeat(~known, GROUP_PAGES)[:count]
+        digests = digests[:count]
+        if ask.any():
+            request = pages_pb2.DescribeRequest(
+                snapshot_id=self.id, first_page=stretch.first, groups=(~known).tobytes()
+            )
+            with told(self.host):
+                answer = await self._stub.Describe(request, timeout=IDLE_SECONDS)
+            asked = int(np.count_nonzero(ask))
+            if len(answer.digests) != 32 * asked or len(answer.fingerprints) != 16 * asked:
+                raise _nonsense(self.host)
+            digests[ask] = np.frombuffer(answer.digests, np.uint8).reshape(-1, 32)
+            fingerprints[ask] = np.frombuffer(answer.fingerprints, np.uint8).reshape(-1, 16)
+        return Stretch(stretch.first, digests, fingerprints, stretch.offered)
 
     async def taken(self, first_page: int) -> None:
         """Tell that an offered stretch is here.
@@ -218,17 +247,28 @@ class Snapshot:
         fingerprints = np.frombuffer(response.fingerprints, np.uint8)
         if digests.size % 32 or fingerprints.size * 2 != digests.size:
             raise _nonsense(self.host)
+        if response.groups:
+            digests, fingerprints = self._of_groups(response)
+        groups = np.frombuffer(response.groups, np.uint8).reshape(-1, 32)
         stretch = Stretch(
             response.first_page,
             digests.reshape(-1, 32),
             fingerprints.reshape(-1, 16),
             response.offered,
+            groups,
         )
         end = stretch.first + len(stretch.digests)
         known = (response.snapshot_id, response.pages) == (self.id, self.pages)
         if not (known and end <= self.pages and len(self.id) == 16 and self.pages):
             raise _nonsense(self.host)
         return stretch
+
+    def _of_groups(self, response: pages_pb2.SnapshotResponse) -> tuple[Digests, Fingerprints]:
+        """Return as many digests and fingerprints as there are pages in a response's groups."""
+        pages = response.group_pages
+        if len(response.groups) != 32 * -(-pages // GROUP_PAGES) or not 1 <= pages <= CHUNK_PAGES:
+            raise _nonsense(self.host)
+        return no_digests(pages), np.zeros((pages, 16), np.uint8)
 
 
 async def gathered(
