@@ -52,9 +52,9 @@ class Merger:
         fcntl.fcntl(self.window, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
 
     def receive(self, kind: Type) -> wire.Message:
-        """Return the next message, which must be of this kind."""
+        """Return the next message, which must be of this kind, or a notice."""
         message = wire.parse(self.agent.recv(wire.MESSAGE_MAX))
-        while message.type is Type.STALLS and kind is not Type.STALLS:
+        while message.type in (Type.STALLS, Type.SEALED) and message.type is not kind:
             message = wire.parse(self.agent.recv(wire.MESSAGE_MAX))
         assert message.type is kind
         return message
