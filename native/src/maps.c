@@ -42,7 +42,16 @@ static int protection_of(const struct procmap_query *vma)
 	       (vma->vma_flags & PROCMAP_QUERY_VMA_EXECUTABLE ? PROT_EXEC : 0);
 }
 
-struct sp_slots sp_maps_slots(int maps, const uint8_t *address, size_t n, int store, uint64_t slot)
+static bool is_expected(const struct procmap_query *vma, uint64_t at, int store, uint64_t slot)
+{
+	if (store < 0)
+		return vma->inode == 0;
+	return is_store(vma, store) && vma->vma_offset + (at - vma->vma_start) == slot * SP_PAGE_SIZE;
+}
+
+/* How far there is what is expected: the store's slots from `slot` on, or anonymous memory (store
+ * -1). Where the kernel does not say, all is. */
+static struct sp_slots look(int maps, const uint8_t *address, size_t n, int store, uint64_t slot)
 {
 	struct procmap_query vma;
 	uint64_t at = (uintptr_t)address;
@@ -54,28 +63,20 @@ struct sp_slots sp_maps_slots(int maps, const uint8_t *address, size_t n, int st
 		return (struct sp_slots){.pages = n, .protection = PROT_READ | PROT_WRITE};
 	if (vma.vma_start > at)
 		return (struct sp_slots){.foreign = pages_until(address, vma.vma_start, n)};
-	if (!is_store(&vma, store) || vma.vma_offset + (at - vma.vma_start) != slot * SP_PAGE_SIZE)
+	if (!is_expected(&vma, at, store, slot))
 		return (struct sp_slots){.foreign = pages_until(address, vma.vma_end, n)};
 	return (struct sp_slots){.pages = pages_until(address, vma.vma_end, n),
 				 .protection = protection_of(&vma)};
 }
 
+struct sp_slots sp_maps_slots(int maps, const uint8_t *address, size_t n, int store, uint64_t slot)
+{
+	return look(maps, address, n, store, slot);
+}
+
 struct sp_slots sp_maps_anonymous(int maps, const uint8_t *address, size_t n)
 {
-	struct procmap_query vma;
-	uint64_t at = (uintptr_t)address;
-	int error = query(maps, address, &vma);
-
-	if (error == -ENOENT)
-		return (struct sp_slots){.foreign = n};
-	if (error)
-		return (struct sp_slots){.pages = n, .protection = PROT_READ | PROT_WRITE};
-	if (vma.vma_start > at)
-		return (struct sp_slots){.foreign = pages_until(address, vma.vma_start, n)};
-	if (vma.inode != 0)
-		return (struct sp_slots){.foreign = pages_until(address, vma.vma_end, n)};
-	return (struct sp_slots){.pages = pages_until(address, vma.vma_end, n),
-				 .protection = protection_of(&vma)};
+	return look(maps, address, n, -1, 0);
 }
 
 size_t sp_maps_readable(int maps, const uint8_t *address, size_t n)

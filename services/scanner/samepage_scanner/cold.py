@@ -67,10 +67,8 @@ class Evictions:
             mask[part] = True
             ranges = runs(mask) * BLOCK_PAGES
             ranges[-1, 1] = min(ranges[-1, 1], len(arena.pages) - ranges[-1, 0])
-            before = await self._merger.cpu_seconds()
-            with self._budget.watch({arena.agent}):
+            async with self._merger.charged(self._budget, {arena.agent}):
                 self.evicted += await self._merger.evict(arena, ranges)
-            self._budget.charge(max(await self._merger.cpu_seconds() - before, 0.0))
             arena.coldness.evicted(part, arena.tracked)
             attention.mark(ranges[:, 0], ranges[:, 1])
             await asyncio.sleep(0)

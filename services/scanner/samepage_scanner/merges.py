@@ -168,10 +168,9 @@ class Merges:
         self, domain: Domain, arenas: Sequence[Arena], runs: Runs, tally: Tally
     ) -> None:
         """One request at the budget's expense."""
-        before = await self._merger.cpu_seconds()
-        with self._budget.watch({arenas[number].agent for number in _involved(runs)}):
+        agents = {arenas[number].agent for number in _involved(runs)}
+        async with self._merger.charged(self._budget, agents):
             await self._merger.merge(domain.name, arenas, runs, tally)
-        self._budget.charge(max(await self._merger.cpu_seconds() - before, 0.0))
 
 
 def _nothing_done(arenas: Sequence[Arena], found: Match) -> Merged:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import grpc
 import numpy as np
@@ -15,7 +15,8 @@ from samepage.daemon.roles import Role
 from samepage.daemon.tls import Channels, Tls
 from samepage.daemon.wire import Outcome
 from samepage.v1 import merger_pb2, merger_pb2_grpc
-from samepage_scanner.books import Arena
+from samepage_scanner.books import Agent, Arena
+from samepage_scanner.budget import Budget
 from samepage_scanner.match import Runs
 
 # A request's limits: what gRPC carries comfortably, and 1 GiB, so that a pass can be interrupted.
@@ -149,10 +150,7 @@ class MergerClient:
         """
         request = merger_pb2.MergeRequest(
             domain=domain,
-            arenas=[
-                merger_pb2.ArenaKey(agent=arena.agent.peer.agent, arena=arena.number)
-                for arena in arenas
-            ],
+            arenas=map(_key, arenas),
             runs=runs.tobytes(),
         )
         call = self._stub.Merge(request)
@@ -176,9 +174,8 @@ class MergerClient:
         """
         runs = np.zeros(len(ranges), _EVICT_RUN)
         runs["page"], runs["count"] = ranges[:, 0], ranges[:, 1]
-        key = merger_pb2.ArenaKey(agent=arena.agent.peer.agent, arena=arena.number)
         request = merger_pb2.EvictRequest(
-            domain=arena.domain.name, arenas=[key], runs=runs.tobytes()
+            domain=arena.domain.name, arenas=[_key(arena)], runs=runs.tobytes()
         )
         gone = 0
         try:
@@ -187,6 +184,14 @@ class MergerClient:
         except grpc.aio.AioRpcError as error:
             raise self._away(f"evicts nothing: {error.details()}") from error
         return gone
+
+    @contextlib.asynccontextmanager
+    async def charged(self, budget: Budget, agents: set[Agent]) -> AsyncIterator[None]:
+        """Charge a budget for what the merger, and these agents, spend while the context lasts."""
+        before = await self.cpu_seconds()
+        with budget.watch(agents):
+            yield
+        budget.charge(max(await self.cpu_seconds() - before, 0.0))
 
     async def cpu_seconds(self) -> float:
         """What the merger's process has spent since its start; 0 when it does not say."""
@@ -236,3 +241,7 @@ def _columns(outcome: merger_pb2.ArenaOutcome) -> tuple[int, ...]:
         outcome.no_headroom,
         outcome.displaced,
     )
+
+
+def _key(arena: Arena) -> merger_pb2.ArenaKey:
+    return merger_pb2.ArenaKey(agent=arena.agent.peer.agent, arena=arena.number)
