@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import pathlib
+import sys
 
 import samepage
 
@@ -23,11 +24,14 @@ def forged(token: str) -> str:
 def outcome(file: pathlib.Path, domain: str | None = None) -> str:
     """The domain that a token leads into, or why it does not."""
     os.environ["SAMEPAGE_TOKEN_FILE"] = str(file)
-    try:
-        with samepage.connect() as node, node.create_arena("impostor", 4096, domain) as arena:
-            return arena.domain
-    except samepage.PermissionDeniedError as error:
-        return str(error)
+    while True:
+        try:
+            with samepage.connect() as node, node.create_arena("impostor", 4096, domain) as arena:
+                return arena.domain
+        except samepage.PermissionDeniedError as error:
+            return str(error)
+        except samepage.ServiceUnavailableError as error:
+            print("tried again:", error, file=sys.stderr)
 
 
 own = TOKENS / "samepage"

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 BRIDGE = "spkube"
+_BRIDGE_ADDRESS = "02:73:70:00:00:01"
 
 _SETTINGS = (
     "kernel/panic",
@@ -80,7 +81,8 @@ def kept() -> Iterator[None]:
 @contextlib.contextmanager
 def bridge(address: str, name: str = BRIDGE) -> Iterator[None]:
     """A network that joins nodes, with an address of this machine's on it."""
-    run("ip", "link", "add", name, "type", "bridge")
+    # Without an address of its own it has that of a port: who talks to it loses it with that port.
+    run("ip", "link", "add", name, "address", _BRIDGE_ADDRESS, "type", "bridge")
     try:
         run("ip", "address", "add", f"{address}/24", "dev", name)
         run("ip", "link", "set", name, "up")

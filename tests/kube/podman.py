@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -61,8 +62,10 @@ class Podman:
         self._podman("pod", "rm", "--force", "--time", str(seconds), name)
 
     def logs(self, name: str) -> str:
-        """What a pod's only container has printed."""
-        return self._podman("logs", self._only(name))
+        """What a pod's only container has printed, errors last."""
+        names = ("podman", "logs", self._only(name))
+        done = subprocess.run(names, capture_output=True, text=True, env=self._environment)
+        return done.stdout + done.stderr
 
     def last_line(self, name: str) -> str:
         """The last line of that, with its time."""
