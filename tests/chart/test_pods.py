@@ -17,11 +17,13 @@ from samepage_index.config import IndexConfig
 from samepage_kubernetes.device_plugin.config import Config as DevicePluginConfig
 from samepage_kubernetes.webhook.config import Config as WebhookConfig
 from samepage_merger.config import Config as MergerConfig
+from samepage_merger.holding.config import Config as ArenasConfig
 from samepage_scanner.config import Config as ScannerConfig
 
 pytestmark = pytest.mark.needs("chart_tools")
 
 SETTINGS: dict[str, Any] = {
+    "arenas": ArenasConfig,
     "device_plugin": DevicePluginConfig,
     "index": IndexConfig,
     "merger": MergerConfig,

@@ -6,6 +6,7 @@ import trustme
 
 from samepage.daemon.roles import Role
 
+#: Those of the daemons that a release always has.
 ROLES = (Role.SCANNER, Role.MERGER, Role.INDEX)
 
 
@@ -15,7 +16,7 @@ WEBHOOK = "webhook"
 def secrets() -> dict[str, dict[str, str]]:
     """The content of a Secret a role, and of the webhook's, all signed by one authority."""
     ca = trustme.CA()
-    names = {str(role): role.dns_name for role in ROLES}
+    names = {str(role): role.dns_name for role in (*ROLES, Role.ARENAS, Role.CLIENT)}
     made = {}
     for user, name in (names | {WEBHOOK: "samepage-webhook.samepage.svc"}).items():
         issued = ca.issue_cert(name)

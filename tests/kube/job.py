@@ -84,7 +84,7 @@ def bare(name: str, *arguments: str) -> Spec:
 
 
 def program(name: str, *arguments: str) -> Spec:
-    """The same with the sockets, and with tokens for samepage and the API server."""
+    """The same with the sockets, tokens for samepage and the API server, and a certificate."""
     tokens = [
         {"serviceAccountToken": {"audience": "samepage", "path": "samepage"}},
         {"serviceAccountToken": {"path": "api"}},
@@ -95,11 +95,13 @@ def program(name: str, *arguments: str) -> Spec:
     container["volumeMounts"] = [
         {"name": "samepage", "mountPath": "/run/samepage", "readOnly": True},
         {"name": "tokens", "mountPath": "/tokens", "readOnly": True},
+        {"name": "certificate", "mountPath": "/certificate", "readOnly": True},
         {"name": "tmp", "mountPath": "/tmp"},
     ]
     spec["volumes"] = [
         {"name": "samepage", "hostPath": {"path": "/run/samepage", "type": "Directory"}},
         {"name": "tokens", "projected": {"sources": tokens}},
+        {"name": "certificate", "secret": {"secretName": "client-cert", "optional": True}},
         {"name": "tmp", "emptyDir": {}},
     ]
     return spec

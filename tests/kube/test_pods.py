@@ -30,6 +30,7 @@ OTHER = "other"
 JOB = [f"embeddings-{number}" for number in range(job.REPLICAS)]
 TABLE_BYTES = 16 << 20
 PAGES = TABLE_BYTES // 4096
+HELPER = "198.18.110.31"
 INTACT = job.intact(TABLE_BYTES)
 NODES = {"node-1": "198.18.110.11", "node-2": "198.18.110.12"}
 SERVICES = {"index": "198.18.110.21", "redis": "198.18.110.22"}
@@ -48,7 +49,11 @@ class Stage:
         self.podman = podman
         self.replicas: list[int] = []
         self._api = api
-        self._chart = objects("existing-secrets")
+        self._chart = objects(
+            "existing-secrets",
+            "--set=arenas.enabled=true",
+            "--set=tls.existingSecrets.arenas=arenas-cert",
+        )
         config, deployment = job.manifests(table_bytes=TABLE_BYTES)
         self.job: job.Spec = deployment["spec"]["template"]["spec"]
         self._kubelets = {name: self._kubelet(directory / name, name) for name in NODES}
@@ -88,7 +93,7 @@ class Stage:
         log = self.podman.logs(pod)
         assert self.podman.ended(pod) == 0, log
         self.podman.remove(pod)
-        return json.loads(log.splitlines()[-1])
+        return json.loads(log.splitlines()[0])
 
     def until(self, what: str, condition: Any) -> None:
         """Wait until something is so."""
@@ -194,7 +199,6 @@ def test_the_pods_of_the_chart_start(stage: Stage) -> None:
 def test_a_job_is_stored_once(stage: Stage) -> None:
     for name in JOB:
         stage.run(name, stage.job)
-    stage.replicas = stage.processes(*JOB)
     stage.until(
         "the job's memory is shared",
         lambda: all(said.shared >= 0.99 * PAGES for said in stage.serving()),
@@ -204,6 +208,7 @@ def test_a_job_is_stored_once(stage: Stage) -> None:
     assert mapped.files == 1
     assert mapped.resident > 0.99 * job.REPLICAS * TABLE_BYTES
     assert mapped.fair < 1.01 * TABLE_BYTES
+    stage.replicas = stage.processes(*JOB)
 
 
 def test_another_namespace_shares_nothing(stage: Stage) -> None:
@@ -230,6 +235,15 @@ def test_an_arena_is_cloned_to_another_node(stage: Stage) -> None:
     copies = stage.program("cloner", f"node-1/embeddings-{JOB[0]}", node="node-2")
     assert copies["whole"]["digest"] == copies["lazy"]["digest"] == INTACT[0]
     assert (copies["whole"]["local"], copies["whole"]["fetched"]) == (0, TABLE_BYTES)
+
+
+def test_arenas_are_held_for_others(stage: Stage) -> None:
+    stage.component("arenas", HELPER)
+    assert stage.program("client", f"{HELPER}:7174", NAMESPACE) == {
+        "domain": NAMESPACE,
+        "same": True,
+    }
+    stage.podman.remove("arenas-node-1")
 
 
 def test_the_agent_is_replaced_under_the_job(stage: Stage) -> None:
