@@ -9,7 +9,7 @@ process that writes other pages of its arena meanwhile.
 `python -m bench.profiled MIB clone` clones an arena of MIB to another host instead, and one that is
 90 % equal to it: printed is the processor time of each process for each MiB, and then what `perf`
 sampled in both mergers; with `--python`, what `py-spy` did in the destination's, with
-`--python-source` in the source's.
+`--python-source` in the source's. `--times` samples nothing, which costs time itself.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -130,7 +130,8 @@ def record_clones(hosts: TwoHosts, size: int, what: str, out: Path) -> None:
     mergers = [pids[f"{name}/merger"] for name in (SOURCE, DESTINATION)]
     watched = {"--python": mergers[1:], "--python-source": mergers[:1]}.get(what, mergers)
     tool: Tool = py_spy_command if what else perf_command
-    with hosts.holder(DESTINATION, "copies", size) as copies, profiled(tool(watched, out)):
+    looking_on = nullcontext() if what == "--times" else profiled(tool(watched, out))
+    with hosts.holder(DESTINATION, "copies", size) as copies, looking_on:
         for part in (1.0, 1.0 - EQUAL_PART):
             with hosts.holder(SOURCE, "arena", size) as source:
                 if part < 1.0:
@@ -200,6 +201,8 @@ async def main(size: int, run: str, what: str) -> None:
         else:
             async with host() as cluster:
                 await asyncio.to_thread(record, cluster, size, int(run), what, out)
+        if what == "--times":
+            return
         if tool == "py-spy":
             show(list(py_spy_samples(out)))
         else:
