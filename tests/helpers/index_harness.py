@@ -27,7 +27,7 @@ from samepage_index.hosts import Hosts
 from samepage_index.index import Index
 from samepage_index.store import Store
 
-DEADLINE = 20.0
+DEADLINE = 60.0
 
 Result = TypeVar("Result")
 

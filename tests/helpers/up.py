@@ -118,7 +118,7 @@ def descendants(pid: int) -> list[int]:
     return found
 
 
-def wait_until_gone(pids: list[int], seconds: float = 20.0) -> None:
+def wait_until_gone(pids: list[int], seconds: float = 60.0) -> None:
     """Return when all these processes have ended.
 
     Raises:

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 
-_SECONDS = 20.0
+_SECONDS = 60.0
 _STEP_SECONDS = 0.01
 
 
