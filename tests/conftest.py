@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator
+from pathlib import Path
 
 import needs
 import pytest
@@ -13,6 +14,14 @@ import pytest
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
 STRICT = os.environ.get("SAMEPAGE_NO_SKIPS", "") not in ("", "0")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Give each of the processes that share the tests a short temporary directory: the paths of
+    unix sockets in it are limited to 107 bytes."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        config.option.basetemp = Path(config.option.basetemp).with_name(worker)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
