@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 from collections.abc import Iterator
@@ -187,6 +188,9 @@ def test_a_clone_ends_with_its_connection(merger: Merger, application: Applicati
     with pytest.raises(ApplicationError, match="ServiceUnavailableError"):
         application.finish()
     merger.welcome()
+    merger.order(Type.READ, wire.PAGE_RANGE.pack(0, 1))
+    error, _ = wire.unpack_outcomes(merger.receive(Type.DONE))
+    assert error == errno.ENOENT
     application.start("create", "other", PAGES)
     assert merger.open_arena().name == "other"
     application.finish()

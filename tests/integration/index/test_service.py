@@ -265,7 +265,7 @@ async def test_two_indexes_on_one_redis(start_index: StartIndex, tmp_path: Path,
 
 
 async def test_leases_end_and_are_swept(start_index: StartIndex) -> None:
-    process = start_index(lease_seconds=0.2, sweep_seconds=0.2, redis_timeout_seconds=0.2)
+    process = start_index(lease_seconds=0.2, sweep_seconds=2.0, redis_timeout_seconds=2.0)
     async with connected(await process.ready()) as client:
         stream = client.stream()
         await stream.announce("alpha")
@@ -519,9 +519,9 @@ async def test_the_documented_rights_are_enough(start_index: StartIndex, tmp_pat
     try:
         process = start_index(
             redis_url=f"unix://index:secret@{server.socket}",
-            lease_seconds=0.3,
-            sweep_seconds=0.3,
-            redis_timeout_seconds=0.3,
+            lease_seconds=2.0,
+            sweep_seconds=2.0,
+            redis_timeout_seconds=2.0,
         )
         async with connected(await process.ready()) as client:
             stream = client.stream()
