@@ -49,7 +49,7 @@ _SHOWN_PERCENT = 0.5
 _SHOWN_MS = 0.05
 # What says more than the system call that it is a part of.
 _PARTS = ("userfaultfd_register", "userfaultfd_unregister", "move_pages", "mwriteprotect_range")
-_CALL = re.compile(r"__(x64|do)_sys_|asm_exc_page_fault|asm_sysvec")
+_CALL = re.compile(r"__(x64_|do_)?sys_|ksys_|asm_exc_page")
 _FRAME = re.compile(r"\s*([0-9a-f]+) (.*) \((.*)\)$")
 _KERNEL = "ffffffff"
 
@@ -159,9 +159,7 @@ def perf_samples(out: Path, *, by_library: bool = False) -> Iterator[tuple[str, 
             if not address.startswith(_KERNEL)
         ]
         part = next((symbol for symbol in kernel if symbol in _PARTS), "")
-        call = next(
-            (symbol for symbol in kernel if re.match(r"__(x64|do)_sys_|asm_exc_page", symbol)), ""
-        )
+        call = next((symbol for symbol in kernel if _CALL.match(symbol)), "")
         if places:
             yield name.strip(), part or call or (user[0] if user else "?")
 
