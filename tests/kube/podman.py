@@ -94,6 +94,8 @@ class Podman:
         self._environment = os.environ | {"CONTAINERS_CONF": str(settings)}
         try:
             self._resources.enter_context(machine.kept())
+            # With the pods of a run that was killed.
+            self._podman("network", "rm", "--force", _NETWORK, check=False)
             self._podman("network", "create", "--subnet", _SUBNET, _NETWORK)
             self._resources.callback(self._podman, "network", "rm", "--force", _NETWORK)
             # So that something can listen there before there are pods.
@@ -126,5 +128,5 @@ class Podman:
         found = json.loads(self._podman("container", "inspect", *names))
         return [container["State"] for container in found]
 
-    def _podman(self, *arguments: str, text: str | None = None) -> str:
-        return run("podman", *arguments, text=text, environment=self._environment)
+    def _podman(self, *arguments: str, text: str | None = None, check: bool = True) -> str:
+        return run("podman", *arguments, text=text, check=check, environment=self._environment)
