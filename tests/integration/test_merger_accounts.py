@@ -24,7 +24,7 @@ def store() -> Iterator[Path]:
 
 @pytest.fixture
 async def host(tmp_path: Path, store: Path) -> AsyncIterator[MergerHost]:
-    host = MergerHost(tmp_path, store, timeout=0.5)
+    host = MergerHost(tmp_path, store, timeout=2.0)
     yield host
     host.stop()
     gc.collect()
