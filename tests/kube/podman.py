@@ -94,6 +94,7 @@ class Podman:
         self._environment = os.environ | {"CONTAINERS_CONF": str(settings)}
         try:
             self._resources.enter_context(machine.kept())
+            self._resources.enter_context(machine.cgroup("libpod_parent"))
             # With the pods of a run that was killed.
             self._podman("network", "rm", "--force", _NETWORK, check=False)
             self._podman("network", "create", "--subnet", _SUBNET, _NETWORK)
