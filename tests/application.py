@@ -11,12 +11,15 @@ import hashlib
 import json
 import os
 import random
+import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, Self
+from unittest import mock
 
 PAGE = 4096
 _PR_SET_DUMPABLE = 4
@@ -391,12 +394,23 @@ class Served:
         self.views[name] = self.arenas[name].buffer
         return told
 
-    def clone_until_interrupted(self, source: str, name: str) -> bool:
-        """Whether KeyboardInterrupt ends a clone; SIGINT is to come in the middle of it."""
-        try:
-            self.node.clone_arena(source, name)
-        except KeyboardInterrupt:
-            return True
+    def clone_until_interrupted(self, source: str, name: str, starting: bool) -> bool:
+        """Whether KeyboardInterrupt ends a clone; SIGINT is to come in the middle of it.
+
+        Args:
+            starting: let it come while the call's thread is being started.
+        """
+        start = threading.Thread.start
+
+        def start_and_wait(thread: threading.Thread) -> None:
+            start(thread)
+            signal.pause()
+
+        with mock.patch.object(threading.Thread, "start", start_and_wait if starting else start):
+            try:
+                self.node.clone_arena(source, name)
+            except KeyboardInterrupt:
+                return True
         return False
 
     def clone_until_told(self, source: str, name: str) -> None:

@@ -172,6 +172,8 @@ int sp_arena_clone(struct sp_node *node, const struct sp_clone_options *options,
 	struct sp_request drop = {.kind = SP_REQUEST_DROP}, add = {.kind = SP_REQUEST_ADD};
 	int error = check_source(clone.host, clone.source, clone.flags);
 
+	if (!error && options->give_up && *options->give_up)
+		error = sp_fail(-ECANCELED, "it was given up");
 	if (!error)
 		error = sp_arena_make(node, name, options->domain, &request.arena);
 	if (error)

@@ -6,6 +6,7 @@ release the GIL. Pointers are owned by `samepage.client`; nothing here keeps one
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import enum
 import errno
@@ -450,16 +451,17 @@ def clone_arena(
             news.put(None)
 
     thread = threading.Thread(target=work, name="samepage clone", daemon=True)
-    thread.start()
     try:
+        thread.start()
         while (told := news.get()) is not None:
             if progress is not None:
                 progress(told)
     except BaseException:
         give_up.value = 1
-        thread.join()
-        if failures or not options.flags & CLONE_MIGRATE:
-            if not failures:
+        with contextlib.suppress(RuntimeError):  # it has not begun, and gives up when it does
+            thread.join()
+        if not (arena.value and options.flags & CLONE_MIGRATE):
+            if arena.value:
                 free(arena)
             raise
     if failures:

@@ -155,9 +155,12 @@ def test_a_clone_that_takes_too_long_is_given_up(merger: Merger, application: Ap
     application.finish()
 
 
-def test_ctrl_c_ends_a_clone_at_once(merger: Merger, application: Application) -> None:
+@pytest.mark.parametrize("starting", [False, True])
+def test_ctrl_c_ends_a_clone_at_once(
+    merger: Merger, application: Application, starting: bool
+) -> None:
     before = mappings(application)
-    application.start("clone_until_interrupted", "host-b/source", "copy")
+    application.start("clone_until_interrupted", "host-b/source", "copy", starting)
     clone, _, _ = asked(merger)
     tell(merger, clone, 0, 0, PAGES)
     merger.open_arena()
