@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,11 @@ class Up:
         """The daemons' processes: "index", and "merger" and so on under each host's name."""
         found = {}
         for pid in descendants(self.process.pid):
-            arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-            environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            try:
+                arguments = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                environment = Path(f"/proc/{pid}/environ").read_text().split("\0")
+            except (FileNotFoundError, ProcessLookupError):  # it has ended meanwhile
+                continue
             settings = dict(line.split("=", 1) for line in environment if "=" in line)
             service = _SERVICES.get(arguments[2]) if arguments[1:2] == ["-m"] else None
             if service is not None:
@@ -112,9 +115,10 @@ def running(
 def descendants(pid: int) -> list[int]:
     """Return the processes that a process has started, and those that they have."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            found += [int(child), *descendants(int(child))]
+    with suppress(FileNotFoundError, ProcessLookupError):  # it ends meanwhile
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            for child in (task / "children").read_text().split():
+                found += [int(child), *descendants(int(child))]
     return found
 
 
