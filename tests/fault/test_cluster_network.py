@@ -54,8 +54,15 @@ def evicted_to_host_2(cluster: World) -> None:
     cluster.share(there)
     held = cluster.create(1, PAGES, there.seed)
     cluster.await_published(2, PAGES)
-    report = cluster.evict(held)
-    assert report["held_elsewhere"] == PAGES, report
+
+    def evicted() -> bool:
+        """Who was away in the test before is not asked again at once; then pages are spilled."""
+        if cluster.evict(held)["held_elsewhere"] == PAGES:
+            return True
+        cluster.fetch(held)
+        return False
+
+    cluster.wait(evicted, "host-2 does not hold the pages")
 
 
 @contextlib.contextmanager
