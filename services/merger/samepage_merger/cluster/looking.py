@@ -114,7 +114,6 @@ class Looker:
         if arena.state is not State.OPEN:
             raise no_answer(arena)
         digests = no_digests(pages.size)
-        prints = np.zeros((pages.size, FINGERPRINT_BYTES), np.uint8)
         away = arena.away.contains(pages)
         async with AsyncExitStack() as stack:
             if away.any():
@@ -125,7 +124,7 @@ class Looker:
                 data[rows] = stored.reshape(-1, PAGE_SIZE)
         await self._read_here(arena, pages, np.flatnonzero(~away), data, digests)
         seed = self._domains.seed(arena.domain)
-        prints[:] = await in_thread(
+        prints = await in_thread(
             lambda: fingerprints(seed, data[: pages.size].reshape(-1).data), pages.size
         )
         prints[are_zero(digests)] = 0
