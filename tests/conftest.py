@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -13,7 +15,24 @@ import pytest
 # no child of the tests uses the gRPC of its parent.
 os.environ["GRPC_ENABLE_FORK_SUPPORT"] = "0"
 
+# How much longer than its timeout a test may take until its process is ended.
+GRACE_SECONDS = 180
+
 STRICT = os.environ.get("SAMEPAGE_NO_SKIPS", "") not in ("", "0")
+
+
+class FailuresAtOnce:
+    """Tells why a test failed when it fails: the end of a run may never come."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self._terminal = terminal
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self._terminal.ensure_newline()
+            self._terminal.line(f"{report.nodeid} failed in {report.when}: {report.duration:.0f} s")
+            self._terminal.line(report.longreprtext[-4000:])
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -24,11 +43,40 @@ def pytest_configure(config: pytest.Config) -> None:
         config.option.basetemp = Path(config.option.basetemp).with_name(worker)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    terminal = session.config.pluginmanager.get_plugin("terminalreporter")
+    if terminal is not None:
+        session.config.pluginmanager.register(FailuresAtOnce(terminal))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None]:
     for marker in item.iter_markers("needs"):
         lacking = needs.missing(*marker.args)
         if lacking is not None:
             pytest.skip(lacking)
+    _end_if_stuck(item)
+    return (yield)
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None]:
+    _end_if_stuck(item)
+    try:
+        return (yield)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+
+
+def _end_if_stuck(item: pytest.Item) -> None:
+    """End this process, with the stacks of its threads, when a test is stuck where no exception of
+    pytest-timeout reaches it: in a page fault, or in a teardown after it has timed out. One such
+    test would keep the whole run from ending."""
+    marker = item.get_closest_marker("timeout")
+    seconds = marker.args[0] if marker is not None else float(item.config.getini("timeout"))
+    stderr = sys.__stderr__
+    assert stderr is not None
+    faulthandler.dump_traceback_later(seconds + GRACE_SECONDS, file=stderr, exit=True)
 
 
 def _forbid_skip(report: pytest.TestReport | pytest.CollectReport) -> None:

@@ -51,6 +51,10 @@ class OneHost:
         """Who has a lease."""
         return {} if self.gone else {SOURCE: self}
 
+    async def find(self, name: str) -> OneHost | None:
+        """Who has a lease, by name."""
+        return (await self.live()).get(name)
+
     def known(self, names: Iterable[str]) -> list[OneHost]:
         """Who was ever heard of."""
         return [self for name in names if name == SOURCE]

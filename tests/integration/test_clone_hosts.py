@@ -83,20 +83,6 @@ def store(up: Up, number: int) -> Path:
     return store_directory(up.directory, f"host-{number}")
 
 
-def wait_until_found(up: Up) -> None:
-    """Return when the second host knows from the index where the first is."""
-    with client.connect(up.host(1)) as one, client.connect(up.host(2)) as two:
-        source = one.create_arena("found", PAGE_SIZE)
-
-        def found() -> bool:
-            with contextlib.suppress(client.NotFoundError, client.ServiceUnavailableError):
-                two.clone_arena(f"host-1/{source.name}")
-                return True
-            return False
-
-        eventually(found)
-
-
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
     with tempfile.TemporaryDirectory(prefix="samepage-") as directory:
@@ -105,7 +91,6 @@ def hosts() -> Iterator[Hosts]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv(VARIABLE, str(failpoints))
             with running(Path(directory) / "up", 2) as up:
-                wait_until_found(up)
                 yield Hosts(up, failpoints, (f"arena-{number}" for number in range(1 << 30)))
 
 

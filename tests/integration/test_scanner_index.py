@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -70,6 +71,19 @@ async def cluster() -> AsyncIterator[Cluster]:
         for agent in agents:
             stack.callback(agent.close)
         yield Cluster(index_pb2_grpc.IndexStub(channel), hosts, agents)
+
+
+async def test_a_host_that_serves_is_in_the_index(cluster: Cluster) -> None:
+    answer = await cluster.index.ListHosts(index_pb2.ListHostsRequest())
+    assert {host.name for host in answer.hosts} == {"host-a", "host-b"}
+
+
+async def test_an_index_that_does_not_answer_keeps_no_host_from_serving() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = "{}:{}".format(*silent.getsockname())
+        async with ScannerHost(node="host-a", index=address) as host:
+            status = await host.api.GetScannerStatus(scanner_pb2.GetScannerStatusRequest())
+    assert not status.index_connected
 
 
 async def test_hosts_learn_what_they_have_in_common(cluster: Cluster) -> None:

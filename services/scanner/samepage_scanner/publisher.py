@@ -90,6 +90,7 @@ class Publisher:
         )
         self._pending: deque[index_pb2.Batch] = deque()
         self._news = asyncio.Event()
+        self._asked = asyncio.Event()
         self.connected = False
         self.refusal = ""
         self.connections = 0
@@ -98,6 +99,12 @@ class Publisher:
     def notify(self) -> None:
         """A pass ended: there may be something to publish."""
         self._news.set()
+
+    async def asked(self, seconds: float) -> None:
+        """Return when the index has this host, or will not have it now, or after so long."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._asked.wait()
 
     async def run_forever(self) -> None:
         """Sessions with the index, until cancelled."""
@@ -109,6 +116,7 @@ class Publisher:
                 if self.connected:
                     backoff = _BACKOFF_SECONDS
                 self._away(error)
+                self._asked.set()
             finally:
                 self._connected(False)
             longest = _REFUSED_SECONDS if self.refusal else _BACKOFF_MAX_SECONDS
@@ -171,6 +179,7 @@ class Publisher:
                 lease_seconds = await self._introduce(stream)
                 self.refusal = ""
                 self._connected(True)
+                self._asked.set()
                 try:
                     while True:
                         lease_seconds = await self._round(stream, lease_seconds)

@@ -31,6 +31,8 @@ from samepage_scanner.turns import WINDOW_BYTES
 
 SOCKET = "scanner.sock"
 
+_INDEX_SECONDS = 2.0
+
 log = structlog.get_logger(__name__)
 
 
@@ -82,7 +84,7 @@ class ScannerService:
         scanner_pb2_grpc.add_ScannerServicer_to_server(servicer, server)
 
     async def start(self) -> None:
-        """Listen for agents, and begin the loops.
+        """Listen for agents, begin the loops, and give the index a moment to take this host.
 
         Raises:
             ConfigError: there can be no socket in `dir`.
@@ -99,6 +101,8 @@ class ScannerService:
         self._begin("merger watch", self.merger.watch())
         if self.publisher is not None:
             self._begin("publisher", self.publisher.run_forever())
+            # Whoever sees this daemon serve expects the other hosts to find this one.
+            await self.publisher.asked(_INDEX_SECONDS)
 
     async def metrics(self) -> Iterable[Metric]:
         """What the books and the passes say."""

@@ -200,7 +200,7 @@ class Clone:
         failpoint("clone.asked")
         domain = self._checked_domain()
         services = self._services
-        host = (await services.hosts.live()).get(wanted.host)
+        host = await services.hosts.find(wanted.host)
         if host is None:
             text = f"no host {wanted.host!r} is in the cluster now: see `samepage status`"
             raise RefusedError(errno.ENOENT, text)

@@ -57,6 +57,13 @@ class Hosts(Protocol):
             HostAwayError: the index is away.
         """
 
+    async def find(self, name: str) -> Host | None:
+        """Return one that has a lease by its name, one that just came too.
+
+        Raises:
+            HostAwayError: the index is away.
+        """
+
     def known(self, names: Iterable[str]) -> Sequence[Host]:
         """Return those of the hosts that were ever heard of."""
 

@@ -184,15 +184,13 @@ class Hosts:
         return list(self._hosts.values())
 
     async def find(self, name: str) -> Host | None:
-        """Return a host by its name, if it has a lease.
+        """Return a host by its name, if it has a lease; one that just came, too.
 
         Raises:
-            HostAwayError: it is not known, and the index does not answer.
+            HostAwayError: the index does not answer.
         """
-        known = self._hosts.get(name)
-        if known is not None and name in self._live:
-            return known
-        return (await self.live()).get(name)
+        known = (await self.live()).get(name)
+        return known or (await self._ask_index()).get(name)
 
     async def live(self) -> dict[str, Host]:
         """Return all other hosts that hold a lease, as the index said a moment ago.
@@ -203,13 +201,7 @@ class Hosts:
         if not self._index:
             raise HostAwayError("this merger has no index: set its `index`")
         if time.monotonic() >= self._asked_at + _TABLE_SECONDS:
-            stub = index_pb2_grpc.IndexStub(self._index_channels.get(self._index))
-            try:
-                answer = await stub.ListHosts(index_pb2.ListHostsRequest(), timeout=_INDEX_SECONDS)
-            except grpc.aio.AioRpcError as error:
-                raise HostAwayError(f"the index is away: {error.details()}") from error
-            self._live = frozenset(host.name for host in self._learn(answer.hosts))
-            self._asked_at = time.monotonic()
+            return await self._ask_index()
         return {name: self._hosts[name] for name in self._live}
 
     def known(self, names: Iterable[str]) -> list[Host]:
@@ -249,6 +241,16 @@ class Hosts:
             host.close()
         await self._channels.close()
         await self._index_channels.close()
+
+    async def _ask_index(self) -> dict[str, Host]:
+        stub = index_pb2_grpc.IndexStub(self._index_channels.get(self._index))
+        try:
+            answer = await stub.ListHosts(index_pb2.ListHostsRequest(), timeout=_INDEX_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            raise HostAwayError(f"the index is away: {error.details()}") from error
+        self._live = frozenset(host.name for host in self._learn(answer.hosts))
+        self._asked_at = time.monotonic()
+        return {name: self._hosts[name] for name in self._live}
 
     def _learn(self, seen: Iterable[index_pb2.Host]) -> list[Host]:
         """Note where hosts are; return those that other hosts can reach."""
