@@ -13,6 +13,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 STAMPS := $(VENV)/stamps
 # More at once are hardly quicker: the daemons that they start need the processors, too.
 TEST_JOBS ?= $(shell nproc)
+# So many tests that fail may pass by being run once more, alone.
+TEST_AGAIN ?= 0
 SOAK_SECONDS ?= 600
 CHAOS_SECONDS ?= 600
 CHAOS_SEED ?=
@@ -51,7 +53,8 @@ demo: $(STAMPS)/services native ## Two hosts on this machine share the memory of
 test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(STAMPS)/checkov \
     $(if $(GO),go-client $(STAMPS)/chart-tools) ## Run every test (PYTEST_ARGS="-k share" for some)
 	@echo "==> running the Python tests"
-	@$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+	@tools/run-tests $(BIN)/python $(TEST_AGAIN) -n $(TEST_JOBS) --dist loadfile \
+	    --no-loadscope-reorder --max-worker-restart 2 $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMPS)/dev ## Check style (ruff)

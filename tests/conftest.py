@@ -30,9 +30,9 @@ class FailuresAtOnce:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self._terminal.ensure_newline()
-            self._terminal.line(f"{report.nodeid} failed in {report.when}: {report.duration:.0f} s")
-            self._terminal.line(report.longreprtext[-4000:])
+            took = f"{report.when}, {report.duration:.0f} s"
+            self._terminal.write_line(f"\nFAILED {report.nodeid} ({took})")
+            self._terminal.write_line(report.longreprtext[-4000:])
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import mmap
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -92,6 +93,9 @@ def hosts() -> Iterator[Hosts]:
             patch.setenv(VARIABLE, str(failpoints))
             with running(Path(directory) / "up", 2) as up:
                 yield Hosts(up, failpoints, (f"arena-{number}" for number in range(1 << 30)))
+            # What each host held for the other, which ended as well, stays in its store.
+            for number in (1, 2):
+                shutil.rmtree(store(up, number), ignore_errors=True)
 
 
 @pytest.fixture
