@@ -26,7 +26,7 @@ from helpers.waiting import until
 from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.v1 import pages_pb2
-from samepage_merger.cluster.offers import OFFER_PAGES
+from samepage_merger.cluster.offers import FIRST_PAGES, OFFER_PAGES
 from samepage_merger.store import LIFE_BYTES
 
 PAGES = 1300
@@ -516,7 +516,7 @@ class TestOffers:
     async def test_pages_are_offered_until_they_are_taken(
         self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
     ) -> None:
-        data = random_pages(4 * OFFER_PAGES + 100, 1)
+        data = random_pages(OFFER_PAGES + 100, 1)
         data[50:70] = 0
         arena = await agent.open("arena", data)
         arena.absent[60:70] = True
@@ -537,7 +537,7 @@ class TestOffers:
             assert digests.tolist() == digests_of(here).tolist()
             told += len(digests)
             waiting.append(response)
-            if len(waiting) < 3 and told < len(data):
+            if len(waiting) < 2 and told < len(data):
                 continue
             for each in waiting:
                 await self.taken(host, each)
@@ -576,15 +576,15 @@ class TestOffers:
     async def test_no_more_than_a_few_stretches_are_offered_at_a_time(
         self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
     ) -> None:
-        await agent.open("arena", random_pages(5 * OFFER_PAGES, 1))
+        await agent.open("arena", random_pages(5 * FIRST_PAGES, 1))
         call = host.pages.Snapshot(request_)
-        stretches = [await self.next(call) for _ in range(4)][1:]
+        stretches = [await self.next(call) for _ in range(3)][1:]
         snapshot_id = stretches[0].snapshot_id
-        fourth = asyncio.ensure_future(self.next(call))
+        third = asyncio.ensure_future(self.next(call))
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(fourth), 0.5)
+            await asyncio.wait_for(asyncio.shield(third), 0.5)
         await host.pages.Taken(pages_pb2.TakenRequest(snapshot_id=snapshot_id))
-        assert (await fourth).first_page == 3 * OFFER_PAGES
+        assert (await third).first_page == 2 * FIRST_PAGES
         call.cancel()
         for stretch in stretches:
             await self.until_gone(host, stretch.digests)
@@ -606,27 +606,27 @@ class TestOffers:
     async def test_groups_are_told_of_and_described(
         self, host: PagesHost, agent: FakeMergingAgent, request_: pages_pb2.SnapshotRequest
     ) -> None:
-        data = random_pages(OFFER_PAGES + 300, 1)
+        data = random_pages(FIRST_PAGES + 300, 1)
         data[:128] = 0
         await agent.open("arena", data)
         digests = digests_of(data)
         request_.group = True
         call = host.pages.Snapshot(request_)
         first, last = [await self.next(call) for _ in range(3)][1:]
-        assert (first.group_pages, last.group_pages) == (OFFER_PAGES, 300)
+        assert (first.group_pages, last.group_pages) == (FIRST_PAGES, 300)
         assert not (first.digests or first.fingerprints)
         assert first.groups[:32] == bytes(32)
-        assert len(first.groups) == OFFER_PAGES // 128 * 32 and len(last.groups) == 3 * 32
+        assert len(first.groups) == FIRST_PAGES // 128 * 32 and len(last.groups) == 3 * 32
 
         def describe(groups: bytes) -> Any:
             return host.pages.Describe(
                 pages_pb2.DescribeRequest(
-                    snapshot_id=first.snapshot_id, first_page=OFFER_PAGES, groups=groups
+                    snapshot_id=first.snapshot_id, first_page=FIRST_PAGES, groups=groups
                 )
             )
 
         answer = await describe(b"\1\0\1")
-        rows = OFFER_PAGES + np.r_[0:128, 256:300]
+        rows = FIRST_PAGES + np.r_[0:128, 256:300]
         assert answer.digests == digests[rows].tobytes()
         assert answer.fingerprints == fingerprints_of(data[rows]).tobytes()
         await refused(describe(b"\1"), grpc.StatusCode.INVALID_ARGUMENT)

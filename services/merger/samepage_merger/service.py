@@ -15,6 +15,7 @@ import grpc
 import structlog
 from prometheus_client.core import Metric
 
+from samepage.daemon import heap
 from samepage.daemon.addresses import UNIX
 from samepage.daemon.config import ConfigError
 from samepage.daemon.identity import Identity, make_identity
@@ -112,6 +113,7 @@ class MergerService:
         """
         config = self._config
         _allow_many_agents()
+        heap.keep()
         secret = read_secret(config.secret_file)
         stores = StoreDirectory(
             config.store_path, config.store_readonly_dir, config.store_limit_bytes

@@ -31,7 +31,7 @@ class FetchRequest(_message.Message):
     fingerprints: _builtins.bytes
     """As many as digests, or none: then only what is held is looked at."""
     digests: _builtins.bytes
-    """1 to 256."""
+    """1 to 512."""
     def __init__(
         self,
         *,

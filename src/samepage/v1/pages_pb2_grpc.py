@@ -118,7 +118,7 @@ class PagesServicer:
         """Send pages: one response a request, in order. A page is found by its digest among what is
         held, and by its fingerprint among what the host's arenas have, which is checked then; the
         receiver checks it all again.
-        Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
+        Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

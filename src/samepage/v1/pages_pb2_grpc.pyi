@@ -49,7 +49,7 @@ class PagesStub:
     """Send pages: one response a request, in order. A page is found by its digest among what is
     held, and by its fingerprint among what the host's arenas have, which is checked then; the
     receiver checks it all again.
-    Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
+    Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
     """
     Snapshot: _grpc.UnaryStreamMultiCallable[_pages_pb2.SnapshotRequest, _pages_pb2.SnapshotResponse]
     """Freeze the bytes of an arena as they are now, page by page, and hold them for the caller. The
@@ -119,7 +119,7 @@ class PagesAsyncStub(PagesStub):
     """Send pages: one response a request, in order. A page is found by its digest among what is
     held, and by its fingerprint among what the host's arenas have, which is checked then; the
     receiver checks it all again.
-    Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
+    Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
     """
     Snapshot: _aio.UnaryStreamMultiCallable[_pages_pb2.SnapshotRequest, _pages_pb2.SnapshotResponse]  # type: ignore[assignment]
     """Freeze the bytes of an arena as they are now, page by page, and hold them for the caller. The
@@ -192,7 +192,7 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         """Send pages: one response a request, in order. A page is found by its digest among what is
         held, and by its fingerprint among what the host's arenas have, which is checked then; the
         receiver checks it all again.
-        Errors: INVALID_ARGUMENT (lengths, more than 256 pages).
+        Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
         """
 
     @_abc_1.abstractmethod

@@ -64,10 +64,18 @@ def fingerprints(seed: int, data: Bytes) -> Fingerprints:
 
 
 async def in_thread(work: Callable[[], T], pages: int) -> T:
-    """Return what `work`, which hashes so many pages, returns; run where that is fastest."""
+    """Return what `work`, which goes over so many pages, returns; run where that is fastest.
+
+    It is not left alone with what it goes over: when this is cancelled it ends first.
+    """
     if pages <= _INLINE_PAGES:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(_workers, work)
+    working = asyncio.get_running_loop().run_in_executor(_workers, work)
+    try:
+        return await asyncio.shield(working)
+    except asyncio.CancelledError:
+        await asyncio.wait({working})
+        raise
 
 
 class Digester:

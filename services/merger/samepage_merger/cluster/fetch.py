@@ -1,6 +1,6 @@
 """Fetches pages from other hosts by their digests, from several holders at a time.
 
-Theory. Pages are asked for in works of 256, eight at a time, so that what is in flight is 8 MiB at
+Theory. Pages are asked for in works of 512, eight at a time, so that what is in flight is 16 MiB at
 most. Each holder has a few works, so that some are hashed while others are on their way, and takes
 the next when one is done: a slow holder simply gets fewer. When nothing is left that nobody was
 asked for, what a slow one still owes is asked of another as well, and the first answer counts. A
@@ -33,7 +33,7 @@ from samepage_merger.cluster.hosts import Host, HostAwayError, Hosts
 from samepage_merger.domains import Domain
 from samepage_merger.runs import Indices
 
-WORK_PAGES = 256
+WORK_PAGES = 512
 WORKS_AT_ONCE = 8
 WORKS_A_HOLDER = 4
 #: Pages that one round deals with: what one lookup of the index takes.

@@ -33,7 +33,7 @@ _REST_SECONDS = 0.5
 _REST_MAX_SECONDS = 10.0
 _OPTIONS = (
     ("grpc.max_receive_message_length", 16 << 20),
-    # A response of 256 pages comes in one go, not in windows of 64 KiB.
+    # A response of 512 pages comes in one go, not in windows of 64 KiB.
     ("grpc.http2.lookahead_bytes", 4 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),

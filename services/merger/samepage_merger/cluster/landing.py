@@ -29,7 +29,7 @@ from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
 from samepage_merger.cluster.away import Bytes, Digests, Mask
-from samepage_merger.cluster.digests import Fingerprints
+from samepage_merger.cluster.digests import Fingerprints, in_thread
 from samepage_merger.cluster.fetch import Missing, Take
 from samepage_merger.cluster.keys import Keys, keys_of
 from samepage_merger.domains import Arena, Domain, RefusedError
@@ -235,7 +235,9 @@ class Landing:
         hold = domain.books.add(slots)
 
         async def take(numbers: Indices, data: Bytes) -> None:
-            write_slots(store, slots[numbers], memoryview(data))
+            await in_thread(
+                lambda: write_slots(store, slots[numbers], memoryview(data)), numbers.size
+            )
 
         try:
             missing = await self._fetcher.fetch(

@@ -21,8 +21,10 @@ from samepage_merger.cluster.keys import Keys, keys_of
 from samepage_merger.runs import Indices, join
 
 #: What is done for each stretch costs much the same, however long it is.
-OFFER_PAGES = 2048
-_OFFERS_MAX = 3
+OFFER_PAGES = 8192
+#: The first stretch is soon under way.
+FIRST_PAGES = 1024
+_OFFERS_MAX = 2
 
 #: A row of bytes a page.
 Rows = npt.NDArray[np.uint8]
@@ -51,6 +53,12 @@ class _Offer:
         at = np.searchsorted(self.keys, keys_of(digests))
         rows = self.rows[np.minimum(at, self.keys.size - 1)]
         return rows if bool(equal(self.digests[rows], digests).all()) else None
+
+
+def stretch_end(first: int, pages: int) -> int:
+    """Return where the stretch ends that begins at `first`, in an arena of so many pages: each is
+    as long as all before it, up to OFFER_PAGES."""
+    return min(pages, first + min(OFFER_PAGES, max(FIRST_PAGES, first)))
 
 
 class Offers:

@@ -42,7 +42,7 @@ from samepage_merger.domains import Domains
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.store import STORE_ID_BYTES, StoreFullError
 
-FETCH_MAX = 256
+FETCH_MAX = 512
 HOLD_MAX = 4096
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")

@@ -31,6 +31,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
+from samepage.daemon import heap
 from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
@@ -41,7 +42,7 @@ from samepage_merger.cluster.holds import Lease
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.looking import Looker, Step
-from samepage_merger.cluster.offers import OFFER_PAGES, Offers
+from samepage_merger.cluster.offers import Offers, stretch_end
 from samepage_merger.cluster.place import NOWHERE, Place
 from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.cluster.snapshot_errors import (
@@ -279,13 +280,14 @@ class Snapshots:
                 stretch = ahead.result()
                 if stretch is None:
                     return
-                first += OFFER_PAGES
+                first = stretch_end(first, snapshot.arena.pages)
                 ahead = asyncio.ensure_future(self._offer(snapshot, offers, first))
                 yield stretch
         finally:
             ahead.cancel()
             await asyncio.wait({ahead})
             offers.clear()
+            heap.trim()
 
     async def _offer(self, snapshot: Snapshot, offers: Offers, first: int) -> Stretch | None:
         """Read and offer a stretch when there is room; None at the end, when all were taken."""
@@ -294,7 +296,7 @@ class Snapshots:
             await offers.all_taken()
             return None
         data = await offers.buffer()
-        pages = np.arange(first, min(arena.pages, first + OFFER_PAGES))
+        pages = np.arange(first, stretch_end(first, arena.pages))
         digests, prints = await self._looker.read(arena, pages, data)
         failpoint("snapshot.read")
         _check_lease(snapshot)
