@@ -1,9 +1,11 @@
-"""Frees what no living process can map any more, as soon as the kernel says so."""
+"""Frees what no living process can map any more, as soon as the kernel says so, and what the heap
+keeps for buffers that do not come."""
 
 from __future__ import annotations
 
 import asyncio
 
+from samepage.daemon import heap
 from samepage_merger.domains import Domains
 
 _BUSY_SECONDS = 0.2
@@ -29,9 +31,10 @@ class Janitor:
         """Look often while something waits, and now and then otherwise."""
         while True:
             self._woken.clear()
-            pause = _IDLE_SECONDS if self.run_once() else _BUSY_SECONDS
+            idle = self.run_once()
             try:
-                async with asyncio.timeout(pause):
+                async with asyncio.timeout(_IDLE_SECONDS if idle else _BUSY_SECONDS):
                     await self._woken.wait()
             except TimeoutError:
-                continue
+                if idle:
+                    heap.trim()

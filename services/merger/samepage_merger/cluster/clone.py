@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
-from samepage.daemon import heap, secrets, wire
+from samepage.daemon import secrets, wire
 from samepage.daemon.failpoints import failpoint
 from samepage.errors import InvalidArgumentError, SamepageError
 from samepage_merger.cluster.away import Digests
@@ -132,7 +132,6 @@ class Clones:
         key = self._tasks.pop(task)
         if key not in self._tasks.values():
             self._clones.pop(key, None)
-        heap.trim()
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("a clone failed", exc_info=error)
 

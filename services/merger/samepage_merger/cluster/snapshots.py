@@ -31,7 +31,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import structlog
 
-from samepage.daemon import heap
 from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
@@ -287,7 +286,6 @@ class Snapshots:
             ahead.cancel()
             await asyncio.wait({ahead})
             offers.clear()
-            heap.trim()
 
     async def _offer(self, snapshot: Snapshot, offers: Offers, first: int) -> Stretch | None:
         """Read and offer a stretch when there is room; None at the end, when all were taken."""
