@@ -492,7 +492,7 @@ async def test_away_pages_are_brought_back_for_a_snapshot(
     another = Copy(host)
     await copy.end()
     host.hosts._asked_at = float("-inf")
-    await refused(another.snapshot(), grpc.StatusCode.FAILED_PRECONDITION)
+    await refused(another.snapshot(), grpc.StatusCode.UNAVAILABLE)
     await another.end()
 
 

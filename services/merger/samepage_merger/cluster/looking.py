@@ -23,7 +23,7 @@ from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.local import Local, deposit
 from samepage_merger.cluster.offers import Rows
 from samepage_merger.cluster.promoting import Promoter
-from samepage_merger.cluster.snapshot_errors import NotPossibleError, no_answer
+from samepage_merger.cluster.snapshot_errors import NoAnswerError, no_answer
 from samepage_merger.domains import Arena, Domains, State
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
@@ -108,7 +108,7 @@ class Looker:
         Rows of pages that hold only zeros are left as they are.
 
         Raises:
-            NoAnswerError, NotPossibleError: as a snapshot knows them.
+            NoAnswerError: of the arena's process, or of hosts that have pages of it.
             StoreFullError: the store has no room for pages that are away.
         """
         if arena.state is not State.OPEN:
@@ -173,7 +173,7 @@ class Looker:
 
         left = await self._fetcher.fetch(domain, digests[missing], _NO_FINGERPRINTS, (), take)
         if left.numbers.size:
-            raise NotPossibleError(
+            raise NoAnswerError(
                 f"{left.numbers.size} pages of arena {arena.name!r} are on other hosts, which do"
                 " not send them now: see whether these hosts are up, and try again"
             )

@@ -14,7 +14,7 @@ class NoArenaError(SnapshotError):
 
 
 class NoAnswerError(SnapshotError):
-    """The arena's process does not answer: ask again."""
+    """The arena's process, or a host that has pages of it, does not answer: ask again."""
 
 
 class NotPossibleError(SnapshotError):

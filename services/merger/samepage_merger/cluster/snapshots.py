@@ -171,8 +171,7 @@ class Snapshots:
         offered, and then it ends when everything was taken.
 
         Raises:
-            NoAnswerError: the arena's process does not answer.
-            NotPossibleError: pages are away and cannot be brought back.
+            NoAnswerError: the arena's process does not answer, or hosts that have pages of it.
             StoreFullError: the store has no room.
         """
         offers = snapshot.offers
