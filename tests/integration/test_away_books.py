@@ -16,8 +16,8 @@ from helpers.waiting import until
 
 from samepage.daemon import wire
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import AwayMap, Digests
-from samepage_merger.domains import Arena, State
 
 PAGES = 600
 

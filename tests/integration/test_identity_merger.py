@@ -16,7 +16,7 @@ from helpers.waiting import until
 from samepage.daemon import wire
 from samepage.daemon.identity import DeniedError
 from samepage.daemon.identity.base import Caller
-from samepage_merger.domains import Arena, Session
+from samepage_merger.arena import Arena, Session
 
 pytestmark = pytest.mark.needs("root")
 

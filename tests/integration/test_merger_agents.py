@@ -22,7 +22,7 @@ from helpers.merger_host import DOMAIN, MergerHost, store_directory
 
 from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE, Outcome
-from samepage_merger.domains import State
+from samepage_merger.arena import State
 from samepage_merger.orders import GONE
 
 PAGES = 600

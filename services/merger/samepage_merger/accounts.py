@@ -26,7 +26,8 @@ import numpy.typing as npt
 
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.reports import ArenaAccount, DomainAccount, HostAccount, ProcessAccount, total
-from samepage_merger.domains import Arena, Domain, Domains, Session
+from samepage_merger.arena import Arena, Session
+from samepage_merger.domains import Domain, Domains
 from samepage_merger.orders import Orders
 from samepage_merger.runs import Int64s, unique_counts
 

@@ -1,4 +1,7 @@
-"""The agents' connections: what they announce, and what they say of their mappings."""
+"""The agents' connections: which arenas they open and close, and what they say of them.
+
+Those that are announced again are in announcing.py until all of them is said.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from samepage.daemon import secrets, wire
 from samepage.daemon.identity import DeniedError, Identity, SocketIdentity, choose_domain
 from samepage.daemon.peers import Peer
 from samepage.errors import InvalidArgumentError
-from samepage_merger.cluster.away import digests_of
-from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session, State
-from samepage_merger.runs import Int64s, ascends, batches, expand, unique, within
+from samepage_merger.announcing import Announcements, answer_opened
+from samepage_merger.arena import Arena, Session, State
+from samepage_merger.domains import Domain, Domains, RefusedError
+from samepage_merger.runs import Int64s, batches, expand, unique, within
 
 WINDOW_BYTES = wire.READ_PAGES_MAX * wire.PAGE_SIZE
 ARENA_PAGES_MAX = 2**36
@@ -69,27 +73,6 @@ class CloneRequests(Protocol):
         """An agent's connection has ended."""
 
 
-class _Announcement:
-    """How far the extents and the away pages of an arena have come.
-
-    Attributes:
-        fd: the store's descriptor that the answer passes on; -1 when the agent has it.
-    """
-
-    def __init__(self, wanted: wire.ArenaOpen, seq: int, fd: int = -1) -> None:
-        self.extents_left = wanted.extents
-        self.away_left = wanted.away
-        self.domain = wanted.domain
-        self.seq = seq
-        self.fd = fd
-        self.next_page = 0
-        self.next_away = 0
-
-    @property
-    def complete(self) -> bool:
-        return not (self.extents_left or self.away_left)
-
-
 class Agents:
     """Handler of the peers on merger.sock.
 
@@ -117,7 +100,7 @@ class Agents:
         self._evictions: set[asyncio.Task[None]] = set()
         self._sessions: dict[Peer, Session] = {}
         self._by_agent: dict[bytes, Session] = {}
-        self._announcements: dict[Arena, _Announcement] = {}
+        self._announcements = Announcements(wake)
         self.connections = 0
         self.reconnects = 0
         # Faults served by all agents so far, by how long a thread waited (docs/protocol.md).
@@ -125,8 +108,8 @@ class Agents:
         self._messages = {
             wire.Type.ARENA_OPEN: self._open,
             wire.Type.ARENA_CLOSE: self._close,
-            wire.Type.EXTENTS: self._extents,
-            wire.Type.AWAY_PAGES: self._away_pages,
+            wire.Type.EXTENTS: self._announcements.extents,
+            wire.Type.AWAY_PAGES: self._announcements.away_pages,
             wire.Type.FETCH: self._fetch,
             wire.Type.EVICT_ARENA: self._evict,
             wire.Type.CLONE: self._clone,
@@ -172,7 +155,7 @@ class Agents:
         if self.clones is not None:
             self.clones.disconnected(session)
         for arena in (*session.arenas.values(), *session.closing):
-            self._forget_announcement(arena)
+            self._announcements.forget(arena)
             arena.domain.disconnect(arena)
         self._wake()
 
@@ -251,10 +234,10 @@ class Agents:
         if wanted.away:
             # Its store was another merger's: it comes with nothing but what is away.
             arena.state = State.ANNOUNCING
-            self._announcements[arena] = _Announcement(wanted, message.seq, fd)
+            self._announcements.begin(session, arena, wanted, message.seq, fd)
             return
         try:
-            _answer_opened(peer, message.seq, arena, [fd], wanted.domain)
+            answer_opened(peer, message.seq, arena, [fd], wanted.domain)
         except OSError:
             del session.arenas[message.arena]
             domain.close(arena)
@@ -285,65 +268,7 @@ class Agents:
         arena = domain.announce(old, agent, message.arena, wanted.name, wanted.lock, wanted.pages)
         arena.session = session
         session.arenas[message.arena] = arena
-        self._announcements[arena] = _Announcement(wanted, message.seq)
-        self._finish_if_complete(session, arena)
-
-    def _extents(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
-        arena = session.arenas.get(message.arena)
-        if arena is None:
-            # It was refused, which the agent did not know yet.
-            return
-        announcement = self._announcements.get(arena)
-        if announcement is None:
-            raise wire.ProtocolError("EXTENTS of an arena that is not being announced")
-        extents = wire.unpack_records(wire.EXTENT, message)
-        page, count, slot = extents["page"], extents["count"], extents["slot"]
-        if not within(page, count, arena.pages) or not within(
-            slot, count, arena.domain.store.slots
-        ):
-            raise wire.ProtocolError("EXTENTS outside the arena or the store")
-        if bool((slot == wire.ZERO_SLOT).any()):
-            raise wire.ProtocolError("EXTENTS with slot 0")
-        starts = np.append(page, np.uint64(arena.pages)).astype(np.int64)
-        ends = np.append(announcement.next_page, (page + count).astype(np.int64))
-        if bool((starts < ends).any()):
-            raise wire.ProtocolError("EXTENTS that overlap or do not ascend")
-        announcement.extents_left -= extents.size
-        if announcement.extents_left < 0:
-            raise wire.ProtocolError("more EXTENTS than announced")
-        announcement.next_page = int(ends[-1])
-        for run, offset, length in batches(count.astype(np.int64), _BATCH_PAGES):
-            arena.domain.extend(
-                arena,
-                expand(page[run].astype(np.int64) + offset, length),
-                expand(slot[run].astype(np.int64) + offset, length),
-            )
-        self._finish_if_complete(session, arena)
-
-    def _away_pages(
-        self, session: Session, message: wire.Message, descriptors: Sequence[int]
-    ) -> None:
-        arena = session.arenas.get(message.arena)
-        if arena is None:
-            return
-        announcement = self._announcements.get(arena)
-        if announcement is None or announcement.extents_left:
-            raise wire.ProtocolError("AWAY_PAGES of an arena that does not announce them now")
-        records = wire.unpack_records(wire.AWAY, message)
-        pages = records["page"].astype(np.int64)
-        if bool((records["page"] >= arena.pages).any()):
-            raise wire.ProtocolError("AWAY_PAGES outside the arena")
-        if not ascends(np.append(announcement.next_away - 1, pages)):
-            raise wire.ProtocolError("AWAY_PAGES that do not ascend")
-        announcement.away_left -= records.size
-        if announcement.away_left < 0:
-            raise wire.ProtocolError("more AWAY_PAGES than announced")
-        if records.size:
-            announcement.next_away = int(pages[-1]) + 1
-            if bool(arena.map.slots(pages).any()):
-                raise wire.ProtocolError("AWAY_PAGES that map slots")
-            arena.domain.announce_away(arena, pages, digests_of(records))
-        self._finish_if_complete(session, arena)
+        self._announcements.begin(session, arena, wanted, message.seq)
 
     def _fetch(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         arena = session.arenas.get(message.arena)
@@ -379,22 +304,6 @@ class Agents:
         finally:
             # Whatever ended it: a thread of the application waits for the answer.
             answer()
-
-    def _forget_announcement(self, arena: Arena) -> None:
-        announcement = self._announcements.pop(arena, None)
-        if announcement is not None and announcement.fd >= 0:
-            os.close(announcement.fd)
-
-    def _finish_if_complete(self, session: Session, arena: Arena) -> None:
-        announcement = self._announcements[arena]
-        if not announcement.complete:
-            return
-        arena.domain.announced(arena)
-        passed = [announcement.fd] if announcement.fd >= 0 else []
-        _answer_opened(session.peer, announcement.seq, arena, passed, announcement.domain)
-        self._forget_announcement(arena)
-        self._wake()
-        log.debug("arena announced again", domain=arena.domain.name, name=arena.name)
 
     def _clone(self, session: Session, message: wire.Message, descriptors: Sequence[int]) -> None:
         if self.clones is None:
@@ -455,13 +364,6 @@ _STALE = (
     "these mappings are not of this merger's store: restore the pages from your own descriptor,"
     " and open the arena anew"
 )
-
-
-def _answer_opened(
-    peer: Peer, seq: int, arena: Arena, descriptors: Sequence[int], wanted: str
-) -> None:
-    payload = wire.pack_arena_opened(arena.lock, wanted, arena.domain.name)
-    peer.send(wire.Type.ARENA_OPENED, seq, arena.number, payload, descriptors)
 
 
 def _ranges(arena: Arena, message: wire.Message) -> tuple[Int64s, Int64s]:

@@ -17,17 +17,15 @@ Rules. The first is the project's: a slot that any living process may still map 
 
 from __future__ import annotations
 
-import asyncio
-import enum
 import errno
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 
 import numpy as np
 import structlog
 
 from samepage.daemon import secrets, wire
-from samepage.daemon.peers import Outcomes, Peer
+from samepage.daemon.peers import Outcomes
+from samepage_merger.arena import Arena, State
 from samepage_merger.books import NO_SLOTS, Books
 from samepage_merger.cluster.away import AwayMap, Digests, Pins, no_digests
 from samepage_merger.cluster.catalog import Catalog
@@ -35,7 +33,7 @@ from samepage_merger.cluster.digests import Digester
 from samepage_merger.cluster.holdfile import HoldFile
 from samepage_merger.cluster.holds import Holds
 from samepage_merger.locks import StoreLocks
-from samepage_merger.pagemap import PRIVATE, PageMap
+from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s
 from samepage_merger.sharers import Families
 from samepage_merger.store import Store, StoreDirectory
@@ -45,91 +43,6 @@ log = structlog.get_logger(__name__)
 
 class RefusedError(Exception):
     """A request that cannot be met: `args` are an errno, and a text that says what to do."""
-
-
-class State(enum.Enum):
-    """Where an arena is in its life."""
-
-    ANNOUNCING = enum.auto()
-    OPEN = enum.auto()
-    LIMBO = enum.auto()
-    CLOSED = enum.auto()
-
-
-@dataclass(eq=False)
-class Session:
-    """One connection of an agent.
-
-    Attributes:
-        arenas: by number; open or announcing.
-        closing: closed arenas that orders in flight still name.
-        reading: whoever uses the window holds it.
-        overdue: orders that were not answered in time, and still are not.
-        reconnected: an arena was announced again on it.
-        sealed: numbers of arenas that can only be read.
-    """
-
-    peer: Peer
-    arenas: dict[int, Arena] = field(default_factory=dict)
-    closing: set[Arena] = field(default_factory=set)
-    reading: asyncio.Lock = field(default_factory=asyncio.Lock)
-    overdue: int = 0
-    reconnected: bool = False
-    sealed: set[int] = field(default_factory=set)
-
-    def caught_up(self) -> None:
-        """An order that was late has been answered."""
-        self.overdue -= 1
-
-
-@dataclass(eq=False)
-class Arena:
-    """One arena of one agent.
-
-    Attributes:
-        lock: the number of the lock on its store descriptor.
-        previous: what it mapped before it began to announce itself again.
-        away: its pages whose bytes are not on this host.
-        previous_away: those that were away before it began to announce itself again.
-        left: the snapshot with which it was left to another host; zeros when it was not.
-        frozen_until: its writers were stopped until then, by the monotonic clock.
-        leaving: on which connection an order to leave it was not answered yet.
-        holds, pins: of orders in flight on its connection.
-        stale_holds, stale_pins: of orders whose connection ended before the answer.
-        promoting: held while pages of it are given slots.
-        restored: pages that became private again, ever.
-    """
-
-    domain: Domain
-    agent: bytes
-    number: int
-    name: str
-    lock: int
-    map: PageMap
-    away: AwayMap
-    session: Session | None = None
-    state: State = State.ANNOUNCING
-    previous: list[PageMap] = field(default_factory=list)
-    previous_away: list[AwayMap] = field(default_factory=list)
-    left: bytes = bytes(16)
-    frozen_until: float = 0.0
-    leaving: Session | None = None
-    holds: set[int] = field(default_factory=set)
-    stale_holds: set[int] = field(default_factory=set)
-    pins: set[int] = field(default_factory=set)
-    stale_pins: set[int] = field(default_factory=set)
-    promoting: asyncio.Lock = field(default_factory=asyncio.Lock)
-    restored: int = 0
-
-    @property
-    def pages(self) -> int:
-        """Size in pages."""
-        return self.map.pages
-
-    @property
-    def sealed(self) -> bool:
-        """Whether it can only be read, as its agent said on this connection."""
-        return self.session is not None and self.number in self.session.sealed
 
 
 class Domain:

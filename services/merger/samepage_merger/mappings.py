@@ -24,8 +24,8 @@ import numpy.typing as npt
 
 from samepage.daemon.policies import Policies
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena
 from samepage_merger.config import Config
-from samepage_merger.domains import Arena
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, expand, join_extents

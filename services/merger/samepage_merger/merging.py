@@ -18,7 +18,7 @@ import numpy.typing as npt
 from samepage.daemon import heap, wire
 from samepage.daemon.wire import Outcome
 from samepage.errors import InvalidArgumentError
-from samepage_merger.domains import Arena
+from samepage_merger.arena import Arena
 from samepage_merger.orders import DISPLACED, GONE
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.pairs import OUTCOMES, Counts, PairMerge, Side, Tally, Tools

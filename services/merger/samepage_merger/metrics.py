@@ -11,10 +11,11 @@ from prometheus_client.core import Metric
 from samepage.daemon import wire
 from samepage.daemon.metrics import counter, gauge, histogram
 from samepage_merger.agents import Agents
+from samepage_merger.arena import State
 from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.hosts import Hosts
 from samepage_merger.cluster.pages import PagesServicer
-from samepage_merger.domains import Domain, Domains, State
+from samepage_merger.domains import Domain, Domains
 from samepage_merger.merging import MergeEngine
 from samepage_merger.pairs import OUTCOME_NAMES
 from samepage_merger.store import StoreDirectory

@@ -20,8 +20,8 @@ import numpy.typing as npt
 from samepage.daemon import wire
 from samepage.daemon.peers import Apply, OrderRefusedError, Outcomes, PeerGoneError
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import Bytes, Digests
-from samepage_merger.domains import Arena, State
 from samepage_merger.runs import Int64s, join, join_extents
 from samepage_merger.sharers import FULL, fits
 

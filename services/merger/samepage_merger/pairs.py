@@ -29,7 +29,7 @@ import numpy.typing as npt
 from samepage.daemon import wire
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
-from samepage_merger.domains import Arena
+from samepage_merger.arena import Arena
 from samepage_merger.headroom import Headroom
 from samepage_merger.mappings import MappingBudget
 from samepage_merger.orders import DISPLACED, NO_HEADROOM, Orders

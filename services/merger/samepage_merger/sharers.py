@@ -29,7 +29,8 @@ from samepage_merger.runs import Int64s, ranks
 from samepage_merger.store import StoreFullError
 
 if TYPE_CHECKING:
-    from samepage_merger.domains import Arena, Domain
+    from samepage_merger.arena import Arena
+    from samepage_merger.domains import Domain
     from samepage_merger.orders import Orders
 
 #: Outcome of a page whose slot has as many sharers as it may have.

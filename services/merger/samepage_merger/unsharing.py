@@ -7,7 +7,8 @@ import numpy as np
 from samepage.daemon import secrets
 from samepage.daemon.wire import Outcome
 from samepage.errors import NotFoundError
-from samepage_merger.domains import Domains, State
+from samepage_merger.arena import State
+from samepage_merger.domains import Domains
 from samepage_merger.orders import Orders
 
 

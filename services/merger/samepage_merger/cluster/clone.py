@@ -26,6 +26,7 @@ import structlog
 from samepage.daemon import secrets, wire
 from samepage.daemon.failpoints import failpoint
 from samepage.errors import InvalidArgumentError, SamepageError
+from samepage_merger.arena import Arena, Session
 from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import are_zero
 from samepage_merger.cluster.handover import HandOver, HandOvers, Hosts, Key
@@ -34,7 +35,7 @@ from samepage_merger.cluster.journal import Journal, Note
 from samepage_merger.cluster.landing import Chunk, Landing, Tools, check, distinct
 from samepage_merger.cluster.migrate import Migration
 from samepage_merger.cluster.source import Snapshot, Stretch, gathered
-from samepage_merger.domains import Arena, Domain, Domains, RefusedError, Session
+from samepage_merger.domains import Domain, Domains, RefusedError
 
 _PROGRESS_SECONDS = 0.1
 _OPEN_SECONDS = 30.0

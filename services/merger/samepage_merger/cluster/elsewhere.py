@@ -8,6 +8,7 @@ import structlog
 
 from samepage.daemon.policies import Policies
 from samepage_merger.agents import Evicted
+from samepage_merger.arena import Arena
 from samepage_merger.cluster.eviction import Evictor
 from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.hosts import Hosts
@@ -18,7 +19,7 @@ from samepage_merger.cluster.securing import Securer
 from samepage_merger.cluster.spill import Spill
 from samepage_merger.cluster.supply import PageSupply
 from samepage_merger.config import Config
-from samepage_merger.domains import Arena, Domains
+from samepage_merger.domains import Domains
 from samepage_merger.merging import FindArena
 from samepage_merger.orders import Orders
 from samepage_merger.runs import Int64s

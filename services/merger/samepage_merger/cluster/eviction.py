@@ -25,12 +25,13 @@ from samepage.daemon.failpoints import failpoint
 from samepage.daemon.wire import PAGE_SIZE, Outcome
 from samepage.errors import InvalidArgumentError, NotFoundError
 from samepage_merger.agents import ARENA_PAGES_MAX, Evicted
+from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import Bytes, Digests
 from samepage_merger.cluster.digests import Fingerprints, are_zero
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.cluster.securing import Pages, Securer
-from samepage_merger.domains import Arena, Domains, RefusedError, State
+from samepage_merger.domains import Domains, RefusedError
 from samepage_merger.merging import FindArena
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE

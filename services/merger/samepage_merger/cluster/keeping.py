@@ -25,6 +25,7 @@ import numpy as np
 import structlog
 
 from samepage.daemon import secrets
+from samepage_merger.arena import Arena
 from samepage_merger.cluster.away import Digests, Mask
 from samepage_merger.cluster.digests import are_zero, fingerprints, in_thread
 from samepage_merger.cluster.hosts import Host, HostAwayError, Hosts
@@ -34,7 +35,7 @@ from samepage_merger.cluster.marks import Names, digests_named, names_of
 from samepage_merger.cluster.returning import Returner, Supply, Whereabouts
 from samepage_merger.cluster.securing import Pages, Securer
 from samepage_merger.cluster.spill import Spill
-from samepage_merger.domains import Arena, Domain, Domains
+from samepage_merger.domains import Domain, Domains
 from samepage_merger.runs import Int64s
 
 _BATCH_PAGES = 512

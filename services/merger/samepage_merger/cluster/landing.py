@@ -28,11 +28,12 @@ from samepage.daemon import wire
 from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena
 from samepage_merger.cluster.away import Bytes, Digests, Mask
 from samepage_merger.cluster.digests import Fingerprints, in_thread
 from samepage_merger.cluster.fetch import Missing, Take
 from samepage_merger.cluster.keys import Keys, keys_of
-from samepage_merger.domains import Arena, Domain, RefusedError
+from samepage_merger.domains import Domain, RefusedError
 from samepage_merger.headroom import Headroom
 from samepage_merger.mappings import MappingBudget
 from samepage_merger.orders import GONE, Orders

@@ -12,8 +12,9 @@ import structlog
 from samepage.daemon.roles import Role
 from samepage.daemon.tls import Channels, Tls
 from samepage.v1 import scanner_pb2, scanner_pb2_grpc
+from samepage_merger.arena import Arena
 from samepage_merger.cluster.digests import Fingerprints
-from samepage_merger.domains import Arena, Domain
+from samepage_merger.domains import Domain
 from samepage_merger.merging import FindArena
 from samepage_merger.runs import Indices, Int64s
 

@@ -10,6 +10,7 @@ import numpy as np
 
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import PAGE_SIZE, Outcome
+from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import Bytes, Digests, Mask, no_digests
 from samepage_merger.cluster.digests import (
     FINGERPRINT_BYTES,
@@ -24,7 +25,7 @@ from samepage_merger.cluster.local import Local, deposit
 from samepage_merger.cluster.offers import Rows
 from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.cluster.snapshot_errors import NoAnswerError, no_answer
-from samepage_merger.domains import Arena, Domains, State
+from samepage_merger.domains import Domains
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Indices, Int64s, index

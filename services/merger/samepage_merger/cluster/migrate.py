@@ -31,11 +31,12 @@ from samepage.daemon import wire
 from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena
 from samepage_merger.cluster.away import Mask
 from samepage_merger.cluster.digests import are_zero
 from samepage_merger.cluster.landing import Chunk, Landing, check
 from samepage_merger.cluster.source import Snapshot, Stretch
-from samepage_merger.domains import Arena, RefusedError
+from samepage_merger.domains import RefusedError
 from samepage_merger.orders import Orders
 from samepage_merger.runs import Int64s
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from samepage_merger.domains import Arena
+from samepage_merger.arena import Arena
 
 
 @dataclass(frozen=True)

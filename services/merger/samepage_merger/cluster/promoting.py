@@ -15,6 +15,7 @@ import numpy as np
 from samepage.daemon import wire
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import PAGE_SIZE, Outcome
+from samepage_merger.arena import Arena
 from samepage_merger.cluster.away import Digests, Mask
 from samepage_merger.cluster.digests import (
     ZERO_PAGE,
@@ -25,7 +26,6 @@ from samepage_merger.cluster.digests import (
     in_thread,
 )
 from samepage_merger.cluster.keys import keys_of
-from samepage_merger.domains import Arena
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, join

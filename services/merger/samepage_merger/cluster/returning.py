@@ -27,8 +27,9 @@ import structlog
 from samepage.daemon import wire
 from samepage.daemon.failpoints import failpoint
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import Bytes, Digests
-from samepage_merger.domains import Arena, Domain, State
+from samepage_merger.domains import Domain
 from samepage_merger.orders import Orders
 from samepage_merger.runs import Int64s
 

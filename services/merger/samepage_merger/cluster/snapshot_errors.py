@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from samepage_merger.domains import Arena
+from samepage_merger.arena import Arena
 
 
 class SnapshotError(Exception):

@@ -34,6 +34,7 @@ import structlog
 from samepage.daemon.failpoints import failpoint
 from samepage.daemon.peers import Outcomes
 from samepage.daemon.wire import Outcome
+from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import Bytes, Digests, Mask, no_digests
 from samepage_merger.cluster.digests import Fingerprints, are_zero, parse_fingerprints
 from samepage_merger.cluster.fetch import Fetcher
@@ -51,7 +52,7 @@ from samepage_merger.cluster.snapshot_errors import (
     TooLateError,
     no_answer,
 )
-from samepage_merger.domains import Arena, Domain, Domains, State
+from samepage_merger.domains import Domain, Domains
 from samepage_merger.orders import Orders
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s, join
