@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,41 @@ class TestKilled:
             source.read(0, 1)
         arena.close()
         eventually(lambda: not hosts.notes())
+
+
+class TestSourceDied:
+    """The source's merger has lost its store, and its application has ended, in a hand-over."""
+
+    def test_operator_ends_the_wait(self, hosts: Hosts, two: client.Node, tmp_path: Path) -> None:
+        name, counter = hosts.name(), tmp_path / "written"
+        laid = hosts.lay("snapshot.leaving", "sleep 600")
+        with ThreadPoolExecutor() as pool, writing(hosts.up, name, counter, 4099) as writer:
+            moving = pool.submit(two.migrate_arena, f"host-1/{name}", max_freeze=30.0)
+            eventually(lambda: not laid.exists())
+            # Nobody has told it to leave: it is the only owner, and dies as that.
+            assert not moving.done()
+            # Nor can it say so to the next merger.
+            writer.send_signal(signal.SIGSTOP)
+            shutil.rmtree(store(hosts.up, 1))
+            os.kill(hosts.up.daemons()["host-1/merger"], signal.SIGKILL)
+            eventually(lambda: "host-1/merger" in hosts.up.daemons())
+            refused = samepage("forget-host", "host-1", "--dir", hosts.up.directory)
+            assert refused.returncode == 1
+            assert "host 'host-1' is in the cluster" in refused.stderr
+            assert not moving.done()
+            writer.kill()
+            writer.wait()
+            eventually(lambda: forgotten(hosts))
+            arena = moving.result(_SECONDS)
+        assert bytes_of(arena).any()
+        arena.close()
+        eventually(lambda: not hosts.notes())
+
+
+def forgotten(hosts: Hosts) -> bool:
+    """Say that no other host has what the first one was asked for; whether that is believed."""
+    done = samepage("forget-host", "host-1", "--json", "--dir", hosts.up.directory)
+    return done.returncode == 0 and json.loads(done.stdout) == {"hosts": {"host-2": 1}}
 
 
 class TestCommands:

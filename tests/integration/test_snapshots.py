@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
+import subprocess
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,7 @@ from samepage.daemon import wire
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.v1 import pages_pb2
 from samepage_merger.cluster.offers import FIRST_PAGES, OFFER_PAGES
+from samepage_merger.cluster.process import identify
 from samepage_merger.store import LIFE_BYTES
 
 PAGES = 1300
@@ -423,6 +427,13 @@ async def test_leaving_when_the_snapshots_store_is_gone(
     assert not (await host.pages.Leave(asked)).left
     await agent.disconnect()
     await until(lambda: not len(host.agents))
+    await refused(host.pages.Leave(asked), grpc.StatusCode.UNAVAILABLE)
+    # Its process has ended: then nobody will ever say, but it may have left to a third host.
+    with subprocess.Popen(["true"]) as ended:
+        process = identify(ended.pid)
+    asked.process.CopyFrom(pages_pb2.Process(**asdict(process)))
+    await refused(host.pages.Leave(asked), grpc.StatusCode.NOT_FOUND)
+    asked.process.CopyFrom(pages_pb2.Process(**asdict(identify(os.getpid()))))
     await refused(host.pages.Leave(asked), grpc.StatusCode.UNAVAILABLE)
     # Of another life of the machine nothing is left but the copy.
     asked.store_id = b"another life...."

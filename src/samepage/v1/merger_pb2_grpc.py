@@ -141,8 +141,11 @@ class MergerServicer:
     def ForgetHost(self, request, context):
         """An operator's word that another host is gone for good, with all processes that ran there: what
         it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
-        said of a host that lives, it makes two owners of an arena. Returns when that is done.
-        Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+        said of a host that lives, it makes two owners of an arena. Of a host that has a lease in the
+        index it is believed only for arenas of which that host has answered Leave with NOT_FOUND: then
+        it says that no other host has taken them. Returns when that is done.
+        Errors: FAILED_PRECONDITION (the host has a lease, and nothing waits for it that it cannot tell),
+        UNAVAILABLE (the index is away).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -56,8 +56,11 @@ class MergerStub:
     ForgetHost: _grpc.UnaryUnaryMultiCallable[_merger_pb2.ForgetHostRequest, _merger_pb2.ForgetHostResponse]
     """An operator's word that another host is gone for good, with all processes that ran there: what
     it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
-    said of a host that lives, it makes two owners of an arena. Returns when that is done.
-    Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+    said of a host that lives, it makes two owners of an arena. Of a host that has a lease in the
+    index it is believed only for arenas of which that host has answered Leave with NOT_FOUND: then
+    it says that no other host has taken them. Returns when that is done.
+    Errors: FAILED_PRECONDITION (the host has a lease, and nothing waits for it that it cannot tell),
+    UNAVAILABLE (the index is away).
     """
     GetMergerStatus: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]
     GetPolicy: _grpc.UnaryUnaryMultiCallable[_merger_pb2.GetMergerPolicyRequest, _merger_pb2.GetMergerPolicyResponse]
@@ -95,8 +98,11 @@ class MergerAsyncStub(MergerStub):
     ForgetHost: _aio.UnaryUnaryMultiCallable[_merger_pb2.ForgetHostRequest, _merger_pb2.ForgetHostResponse]  # type: ignore[assignment]
     """An operator's word that another host is gone for good, with all processes that ran there: what
     it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
-    said of a host that lives, it makes two owners of an arena. Returns when that is done.
-    Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+    said of a host that lives, it makes two owners of an arena. Of a host that has a lease in the
+    index it is believed only for arenas of which that host has answered Leave with NOT_FOUND: then
+    it says that no other host has taken them. Returns when that is done.
+    Errors: FAILED_PRECONDITION (the host has a lease, and nothing waits for it that it cannot tell),
+    UNAVAILABLE (the index is away).
     """
     GetMergerStatus: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerStatusRequest, _merger_pb2.GetMergerStatusResponse]  # type: ignore[assignment]
     GetPolicy: _aio.UnaryUnaryMultiCallable[_merger_pb2.GetMergerPolicyRequest, _merger_pb2.GetMergerPolicyResponse]  # type: ignore[assignment]
@@ -173,8 +179,11 @@ class MergerServicer(metaclass=_abc_1.ABCMeta):
     ) -> _typing.Union[_merger_pb2.ForgetHostResponse, _abc.Awaitable[_merger_pb2.ForgetHostResponse]]:
         """An operator's word that another host is gone for good, with all processes that ran there: what
         it was asked to leave to this host, and did not answer, is this host's. Nobody else can know, and
-        said of a host that lives, it makes two owners of an arena. Returns when that is done.
-        Errors: FAILED_PRECONDITION (the host has a lease in the index), UNAVAILABLE (the index is away).
+        said of a host that lives, it makes two owners of an arena. Of a host that has a lease in the
+        index it is believed only for arenas of which that host has answered Leave with NOT_FOUND: then
+        it says that no other host has taken them. Returns when that is done.
+        Errors: FAILED_PRECONDITION (the host has a lease, and nothing waits for it that it cannot tell),
+        UNAVAILABLE (the index is away).
         """
 
     @_abc_1.abstractmethod

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/pages.proto\x12\x0bsamepage.v1\"H\n\x0c\x46\x65tchRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"-\n\rFetchResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x0c\"\x99\x01\n\x0fSnapshotRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\r\n\x05offer\x18\x06 \x01(\x08\x12\x10\n\x08store_id\x18\x07 \x01(\x0c\x12\r\n\x05group\x18\x08 \x01(\x08\"\xe7\x01\n\x10SnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x05 \x01(\x0c\x12\x0e\n\x06sealed\x18\x06 \x01(\x08\x12\x0f\n\x07offered\x18\x07 \x01(\x08\x12\x10\n\x08store_id\x18\x08 \x01(\x0c\x12\r\n\x05\x61gent\x18\t \x01(\x0c\x12\r\n\x05\x61rena\x18\n \x01(\r\x12\x0e\n\x06groups\x18\x0b \x01(\x0c\x12\x13\n\x0bgroup_pages\x18\x0c \x01(\r\"J\n\x0f\x44\x65scribeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\x12\x0e\n\x06groups\x18\x03 \x01(\x0c\"9\n\x10\x44\x65scribeResponse\x12\x0f\n\x07\x64igests\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\"7\n\x0cTakenRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\"\x0f\n\rTakenResponse\"=\n\x12\x45ndSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nkeep_holds\x18\x02 \x01(\x08\"\x15\n\x13\x45ndSnapshotResponse\":\n\rFreezeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\r\"S\n\x0cLeaveRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\r\n\x05\x61rena\x18\x04 \x01(\r\"\x1d\n\rLeaveResponse\x12\x0c\n\x04left\x18\x01 \x01(\x08\"z\n\x0bHoldRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\x10\n\x08store_id\x18\x06 \x01(\x0c\"\x1c\n\x0cHoldResponse\x12\x0c\n\x04held\x18\x01 \x01(\x0c\"W\n\x0cRenewRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x14\n\x0csnapshot_ids\x18\x03 \x03(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1e\n\rRenewResponse\x12\r\n\x05holds\x18\x01 \x01(\x04\"U\n\x0eReleaseRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x11\n\x0fReleaseResponse\"T\n\x0cLetGoRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1f\n\rLetGoResponse\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x0c\x32\xfb\x05\n\x05Pages\x12\x42\n\x05\x46\x65tch\x12\x19.samepage.v1.FetchRequest\x1a\x1a.samepage.v1.FetchResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1c.samepage.v1.SnapshotRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12G\n\x08\x44\x65scribe\x12\x1c.samepage.v1.DescribeRequest\x1a\x1d.samepage.v1.DescribeResponse\x12>\n\x05Taken\x12\x19.samepage.v1.TakenRequest\x1a\x1a.samepage.v1.TakenResponse\x12P\n\x0b\x45ndSnapshot\x12\x1f.samepage.v1.EndSnapshotRequest\x1a .samepage.v1.EndSnapshotResponse\x12\x45\n\x06\x46reeze\x12\x1a.samepage.v1.FreezeRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Leave\x12\x19.samepage.v1.LeaveRequest\x1a\x1a.samepage.v1.LeaveResponse\x12;\n\x04Hold\x12\x18.samepage.v1.HoldRequest\x1a\x19.samepage.v1.HoldResponse\x12>\n\x05Renew\x12\x19.samepage.v1.RenewRequest\x1a\x1a.samepage.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.samepage.v1.ReleaseRequest\x1a\x1c.samepage.v1.ReleaseResponse\x12>\n\x05LetGo\x12\x19.samepage.v1.LetGoRequest\x1a\x1a.samepage.v1.LetGoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17samepage/v1/pages.proto\x12\x0bsamepage.v1\"H\n\x0c\x46\x65tchRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\"-\n\rFetchResponse\x12\r\n\x05\x66ound\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x0c\"\x99\x01\n\x0fSnapshotRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05\x61rena\x18\x02 \x01(\t\x12\x13\n\x0bsnapshot_id\x18\x03 \x01(\x0c\x12\r\n\x05owner\x18\x04 \x01(\t\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\r\n\x05offer\x18\x06 \x01(\x08\x12\x10\n\x08store_id\x18\x07 \x01(\x0c\x12\r\n\x05group\x18\x08 \x01(\x08\"\x8e\x02\n\x10SnapshotResponse\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\r\n\x05pages\x18\x02 \x01(\x04\x12\x12\n\nfirst_page\x18\x03 \x01(\x04\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x05 \x01(\x0c\x12\x0e\n\x06sealed\x18\x06 \x01(\x08\x12\x0f\n\x07offered\x18\x07 \x01(\x08\x12\x10\n\x08store_id\x18\x08 \x01(\x0c\x12\r\n\x05\x61gent\x18\t \x01(\x0c\x12\r\n\x05\x61rena\x18\n \x01(\r\x12\x0e\n\x06groups\x18\x0b \x01(\x0c\x12\x13\n\x0bgroup_pages\x18\x0c \x01(\r\x12%\n\x07process\x18\r \x01(\x0b\x32\x14.samepage.v1.Process\"8\n\x07Process\x12\x0b\n\x03pid\x18\x01 \x01(\x05\x12\r\n\x05inode\x18\x02 \x01(\x04\x12\x11\n\tnamespace\x18\x03 \x01(\t\"J\n\x0f\x44\x65scribeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\x12\x0e\n\x06groups\x18\x03 \x01(\x0c\"9\n\x10\x44\x65scribeResponse\x12\x0f\n\x07\x64igests\x18\x01 \x01(\x0c\x12\x14\n\x0c\x66ingerprints\x18\x02 \x01(\x0c\"7\n\x0cTakenRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nfirst_page\x18\x02 \x01(\x04\"\x0f\n\rTakenResponse\"=\n\x12\x45ndSnapshotRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x12\n\nkeep_holds\x18\x02 \x01(\x08\"\x15\n\x13\x45ndSnapshotResponse\":\n\rFreezeRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x14\n\x0cmilliseconds\x18\x02 \x01(\r\"z\n\x0cLeaveRequest\x12\x13\n\x0bsnapshot_id\x18\x01 \x01(\x0c\x12\x10\n\x08store_id\x18\x02 \x01(\x0c\x12\r\n\x05\x61gent\x18\x03 \x01(\x0c\x12\r\n\x05\x61rena\x18\x04 \x01(\r\x12%\n\x07process\x18\x05 \x01(\x0b\x32\x14.samepage.v1.Process\"\x1d\n\rLeaveResponse\x12\x0c\n\x04left\x18\x01 \x01(\x08\"z\n\x0bHoldRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x14\n\x0c\x66ingerprints\x18\x03 \x01(\x0c\x12\x0f\n\x07\x64igests\x18\x04 \x01(\x0c\x12\x10\n\x08lease_ms\x18\x05 \x01(\r\x12\x10\n\x08store_id\x18\x06 \x01(\x0c\"\x1c\n\x0cHoldResponse\x12\x0c\n\x04held\x18\x01 \x01(\x0c\"W\n\x0cRenewRequest\x12\r\n\x05owner\x18\x01 \x01(\t\x12\x10\n\x08lease_ms\x18\x02 \x01(\r\x12\x14\n\x0csnapshot_ids\x18\x03 \x03(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1e\n\rRenewResponse\x12\r\n\x05holds\x18\x01 \x01(\x04\"U\n\x0eReleaseRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\r\n\x05owner\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x11\n\x0fReleaseResponse\"T\n\x0cLetGoRequest\x12\x11\n\tdomain_id\x18\x01 \x01(\x0c\x12\x0e\n\x06holder\x18\x02 \x01(\t\x12\x0f\n\x07\x64igests\x18\x03 \x01(\x0c\x12\x10\n\x08store_id\x18\x04 \x01(\x0c\"\x1f\n\rLetGoResponse\x12\x0e\n\x06\x61greed\x18\x01 \x01(\x0c\x32\xfb\x05\n\x05Pages\x12\x42\n\x05\x46\x65tch\x12\x19.samepage.v1.FetchRequest\x1a\x1a.samepage.v1.FetchResponse(\x01\x30\x01\x12I\n\x08Snapshot\x12\x1c.samepage.v1.SnapshotRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12G\n\x08\x44\x65scribe\x12\x1c.samepage.v1.DescribeRequest\x1a\x1d.samepage.v1.DescribeResponse\x12>\n\x05Taken\x12\x19.samepage.v1.TakenRequest\x1a\x1a.samepage.v1.TakenResponse\x12P\n\x0b\x45ndSnapshot\x12\x1f.samepage.v1.EndSnapshotRequest\x1a .samepage.v1.EndSnapshotResponse\x12\x45\n\x06\x46reeze\x12\x1a.samepage.v1.FreezeRequest\x1a\x1d.samepage.v1.SnapshotResponse0\x01\x12>\n\x05Leave\x12\x19.samepage.v1.LeaveRequest\x1a\x1a.samepage.v1.LeaveResponse\x12;\n\x04Hold\x12\x18.samepage.v1.HoldRequest\x1a\x19.samepage.v1.HoldResponse\x12>\n\x05Renew\x12\x19.samepage.v1.RenewRequest\x1a\x1a.samepage.v1.RenewResponse\x12\x44\n\x07Release\x12\x1b.samepage.v1.ReleaseRequest\x1a\x1c.samepage.v1.ReleaseResponse\x12>\n\x05LetGo\x12\x19.samepage.v1.LetGoRequest\x1a\x1a.samepage.v1.LetGoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -38,41 +38,43 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SNAPSHOTREQUEST']._serialized_start=162
   _globals['_SNAPSHOTREQUEST']._serialized_end=315
   _globals['_SNAPSHOTRESPONSE']._serialized_start=318
-  _globals['_SNAPSHOTRESPONSE']._serialized_end=549
-  _globals['_DESCRIBEREQUEST']._serialized_start=551
-  _globals['_DESCRIBEREQUEST']._serialized_end=625
-  _globals['_DESCRIBERESPONSE']._serialized_start=627
-  _globals['_DESCRIBERESPONSE']._serialized_end=684
-  _globals['_TAKENREQUEST']._serialized_start=686
-  _globals['_TAKENREQUEST']._serialized_end=741
-  _globals['_TAKENRESPONSE']._serialized_start=743
-  _globals['_TAKENRESPONSE']._serialized_end=758
-  _globals['_ENDSNAPSHOTREQUEST']._serialized_start=760
-  _globals['_ENDSNAPSHOTREQUEST']._serialized_end=821
-  _globals['_ENDSNAPSHOTRESPONSE']._serialized_start=823
-  _globals['_ENDSNAPSHOTRESPONSE']._serialized_end=844
-  _globals['_FREEZEREQUEST']._serialized_start=846
-  _globals['_FREEZEREQUEST']._serialized_end=904
-  _globals['_LEAVEREQUEST']._serialized_start=906
-  _globals['_LEAVEREQUEST']._serialized_end=989
-  _globals['_LEAVERESPONSE']._serialized_start=991
-  _globals['_LEAVERESPONSE']._serialized_end=1020
-  _globals['_HOLDREQUEST']._serialized_start=1022
-  _globals['_HOLDREQUEST']._serialized_end=1144
-  _globals['_HOLDRESPONSE']._serialized_start=1146
-  _globals['_HOLDRESPONSE']._serialized_end=1174
-  _globals['_RENEWREQUEST']._serialized_start=1176
-  _globals['_RENEWREQUEST']._serialized_end=1263
-  _globals['_RENEWRESPONSE']._serialized_start=1265
-  _globals['_RENEWRESPONSE']._serialized_end=1295
-  _globals['_RELEASEREQUEST']._serialized_start=1297
-  _globals['_RELEASEREQUEST']._serialized_end=1382
-  _globals['_RELEASERESPONSE']._serialized_start=1384
-  _globals['_RELEASERESPONSE']._serialized_end=1401
-  _globals['_LETGOREQUEST']._serialized_start=1403
-  _globals['_LETGOREQUEST']._serialized_end=1487
-  _globals['_LETGORESPONSE']._serialized_start=1489
-  _globals['_LETGORESPONSE']._serialized_end=1520
-  _globals['_PAGES']._serialized_start=1523
-  _globals['_PAGES']._serialized_end=2286
+  _globals['_SNAPSHOTRESPONSE']._serialized_end=588
+  _globals['_PROCESS']._serialized_start=590
+  _globals['_PROCESS']._serialized_end=646
+  _globals['_DESCRIBEREQUEST']._serialized_start=648
+  _globals['_DESCRIBEREQUEST']._serialized_end=722
+  _globals['_DESCRIBERESPONSE']._serialized_start=724
+  _globals['_DESCRIBERESPONSE']._serialized_end=781
+  _globals['_TAKENREQUEST']._serialized_start=783
+  _globals['_TAKENREQUEST']._serialized_end=838
+  _globals['_TAKENRESPONSE']._serialized_start=840
+  _globals['_TAKENRESPONSE']._serialized_end=855
+  _globals['_ENDSNAPSHOTREQUEST']._serialized_start=857
+  _globals['_ENDSNAPSHOTREQUEST']._serialized_end=918
+  _globals['_ENDSNAPSHOTRESPONSE']._serialized_start=920
+  _globals['_ENDSNAPSHOTRESPONSE']._serialized_end=941
+  _globals['_FREEZEREQUEST']._serialized_start=943
+  _globals['_FREEZEREQUEST']._serialized_end=1001
+  _globals['_LEAVEREQUEST']._serialized_start=1003
+  _globals['_LEAVEREQUEST']._serialized_end=1125
+  _globals['_LEAVERESPONSE']._serialized_start=1127
+  _globals['_LEAVERESPONSE']._serialized_end=1156
+  _globals['_HOLDREQUEST']._serialized_start=1158
+  _globals['_HOLDREQUEST']._serialized_end=1280
+  _globals['_HOLDRESPONSE']._serialized_start=1282
+  _globals['_HOLDRESPONSE']._serialized_end=1310
+  _globals['_RENEWREQUEST']._serialized_start=1312
+  _globals['_RENEWREQUEST']._serialized_end=1399
+  _globals['_RENEWRESPONSE']._serialized_start=1401
+  _globals['_RENEWRESPONSE']._serialized_end=1431
+  _globals['_RELEASEREQUEST']._serialized_start=1433
+  _globals['_RELEASEREQUEST']._serialized_end=1518
+  _globals['_RELEASERESPONSE']._serialized_start=1520
+  _globals['_RELEASERESPONSE']._serialized_end=1537
+  _globals['_LETGOREQUEST']._serialized_start=1539
+  _globals['_LETGOREQUEST']._serialized_end=1623
+  _globals['_LETGORESPONSE']._serialized_start=1625
+  _globals['_LETGORESPONSE']._serialized_end=1656
+  _globals['_PAGES']._serialized_start=1659
+  _globals['_PAGES']._serialized_end=2422
 # @@protoc_insertion_point(module_scope)

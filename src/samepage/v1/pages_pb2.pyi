@@ -138,6 +138,7 @@ class SnapshotResponse(_message.Message):
     ARENA_FIELD_NUMBER: _builtins.int
     GROUPS_FIELD_NUMBER: _builtins.int
     GROUP_PAGES_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
     snapshot_id: _builtins.bytes
     """16 bytes; drawn by the source."""
     pages: _builtins.int
@@ -165,6 +166,10 @@ class SnapshotResponse(_message.Message):
     """
     group_pages: _builtins.int
     """How many pages these are."""
+    @_builtins.property
+    def process(self) -> Global___Process:
+        """In which process the arena is; absent where the source cannot tell."""
+
     def __init__(
         self,
         *,
@@ -180,14 +185,45 @@ class SnapshotResponse(_message.Message):
         arena: _builtins.int = ...,
         groups: _builtins.bytes = ...,
         group_pages: _builtins.int = ...,
+        process: Global___Process | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "group_pages", b"group_pages", "groups", b"groups", "offered", b"offered", "pages", b"pages", "sealed", b"sealed", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "digests", b"digests", "fingerprints", b"fingerprints", "first_page", b"first_page", "group_pages", b"group_pages", "groups", b"groups", "offered", b"offered", "pages", b"pages", "process", b"process", "sealed", b"sealed", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___SnapshotResponse: _TypeAlias = SnapshotResponse  # noqa: Y015
+
+@_typing.final
+class Process(_message.Message):
+    """A process, as another merger of the same life of the machine finds it again."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_FIELD_NUMBER: _builtins.int
+    INODE_FIELD_NUMBER: _builtins.int
+    NAMESPACE_FIELD_NUMBER: _builtins.int
+    pid: _builtins.int
+    """In the namespace."""
+    inode: _builtins.int
+    """Of its pidfd."""
+    namespace: _builtins.str
+    """The pid namespace, as "device:inode"."""
+    def __init__(
+        self,
+        *,
+        pid: _builtins.int = ...,
+        inode: _builtins.int = ...,
+        namespace: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["inode", b"inode", "namespace", b"namespace", "pid", b"pid"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Process: _TypeAlias = Process  # noqa: Y015
 
 @_typing.final
 class DescribeRequest(_message.Message):
@@ -349,11 +385,14 @@ class LeaveRequest(_message.Message):
     STORE_ID_FIELD_NUMBER: _builtins.int
     AGENT_FIELD_NUMBER: _builtins.int
     ARENA_FIELD_NUMBER: _builtins.int
+    PROCESS_FIELD_NUMBER: _builtins.int
     snapshot_id: _builtins.bytes
     store_id: _builtins.bytes
     """As the snapshot told: by them a merger that has come to another store since knows the arena."""
     agent: _builtins.bytes
     arena: _builtins.int
+    @_builtins.property
+    def process(self) -> Global___Process: ...
     def __init__(
         self,
         *,
@@ -361,10 +400,11 @@ class LeaveRequest(_message.Message):
         store_id: _builtins.bytes = ...,
         agent: _builtins.bytes = ...,
         arena: _builtins.int = ...,
+        process: Global___Process | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["process", b"process"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent", b"agent", "arena", b"arena", "process", b"process", "snapshot_id", b"snapshot_id", "store_id", b"store_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

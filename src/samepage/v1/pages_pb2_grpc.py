@@ -175,7 +175,8 @@ class PagesServicer:
         """Let go of a frozen arena for good: its process has it no more. The answer says whether that
         happened; asking again is safe, and the only way to learn it after a lost answer.
         Errors: UNAVAILABLE (not known yet: the arena's process has not announced itself since the
-        merger started).
+        merger started), NOT_FOUND (the arena's process has ended, and what it had left to whom was
+        noted in a store that is gone: nobody here will ever know).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

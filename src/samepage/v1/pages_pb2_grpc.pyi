@@ -82,7 +82,8 @@ class PagesStub:
     """Let go of a frozen arena for good: its process has it no more. The answer says whether that
     happened; asking again is safe, and the only way to learn it after a lost answer.
     Errors: UNAVAILABLE (not known yet: the arena's process has not announced itself since the
-    merger started).
+    merger started), NOT_FOUND (the arena's process has ended, and what it had left to whom was
+    noted in a store that is gone: nobody here will ever know).
     """
     Hold: _grpc.UnaryUnaryMultiCallable[_pages_pb2.HoldRequest, _pages_pb2.HoldResponse]
     """Hold pages for the caller, by digest; those that are found only by fingerprint are read and
@@ -152,7 +153,8 @@ class PagesAsyncStub(PagesStub):
     """Let go of a frozen arena for good: its process has it no more. The answer says whether that
     happened; asking again is safe, and the only way to learn it after a lost answer.
     Errors: UNAVAILABLE (not known yet: the arena's process has not announced itself since the
-    merger started).
+    merger started), NOT_FOUND (the arena's process has ended, and what it had left to whom was
+    noted in a store that is gone: nobody here will ever know).
     """
     Hold: _aio.UnaryUnaryMultiCallable[_pages_pb2.HoldRequest, _pages_pb2.HoldResponse]  # type: ignore[assignment]
     """Hold pages for the caller, by digest; those that are found only by fingerprint are read and
@@ -261,7 +263,8 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         """Let go of a frozen arena for good: its process has it no more. The answer says whether that
         happened; asking again is safe, and the only way to learn it after a lost answer.
         Errors: UNAVAILABLE (not known yet: the arena's process has not announced itself since the
-        merger started).
+        merger started), NOT_FOUND (the arena's process has ended, and what it had left to whom was
+        noted in a store that is gone: nobody here will ever know).
         """
 
     @_abc_1.abstractmethod

@@ -295,6 +295,9 @@ class Clone:
             source_store=snapshot.place.store_id.hex(),
             source_agent=snapshot.place.agent.hex(),
             source_number=snapshot.place.arena,
+            source_pid=snapshot.place.process.pid,
+            source_inode=snapshot.place.process.inode,
+            source_namespace=snapshot.place.process.namespace,
         )
         handover = self._handovers.begin(note, frozen_at)
         # From here on it is not this task's any more.

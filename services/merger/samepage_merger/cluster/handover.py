@@ -3,7 +3,8 @@
 What is to be asked is in a note (journal.py), so it survives this merger. Whose an arena is that
 the source was asked to leave, only its host can say: from here, one that is cut off from everybody
 looks like one that is gone, but its application goes on. So that is asked until it answers, or an
-operator says that it is gone (docs/decisions/0007-who-owns-a-migrated-arena.md). A snapshot's end
+operator says that it is gone, or that nobody else has what its host says it will never know of
+(docs/decisions/0007-who-owns-a-migrated-arena.md). A snapshot's end
 is only a courtesy: a host that has no lease in the index for a while, and does not answer, needs
 none.
 """
@@ -25,6 +26,7 @@ from samepage.v1 import pages_pb2_grpc
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
 from samepage_merger.cluster.place import Place
+from samepage_merger.cluster.process import Process
 from samepage_merger.cluster.source import Snapshot
 from samepage_merger.domains import Domains, RefusedError
 
@@ -115,8 +117,10 @@ class HandOvers:
         self._journal = journal
         self._domains = domains
         self._by_key: dict[Key, HandOver] = {}
-        # Hosts that did not answer since an operator said that they are gone.
-        self._gone: set[str] = set()
+        # Snapshots of which the source's host says that it will never know what became of them,
+        # and those of which an operator has said that nobody else has the arena.
+        self._lost: set[str] = set()
+        self._given: set[str] = set()
         self._tasks: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
@@ -155,20 +159,21 @@ class HandOvers:
         self._spawn(self._end(note))
 
     async def forget_host(self, name: str) -> int:
-        """A host is gone for good, and all processes that ran there; return how many arenas are
-        this host's for that.
+        """A host is gone for good, and all processes that ran there; or it has answered that it
+        will never know whom it left an arena to, and no other host has that. Return how many arenas
+        are this host's for that.
 
         Raises:
-            InvalidArgumentError: it has a lease in the index.
+            InvalidArgumentError: it has a lease in the index, and did not answer that.
             HostAwayError: the index is away.
         """
-        if name in await self._hosts.live():
-            raise InvalidArgumentError(
-                f"host {name!r} is in the cluster: end its merger and scanner"
-            )
         waiting = [each for each in self._by_key.values() if not each.known and each.host == name]
+        if name in await self._hosts.live():
+            waiting = [each for each in waiting if each.note.snapshot in self._lost]
+            if not waiting:
+                raise InvalidArgumentError(_alive(name))
         if waiting:
-            self._gone.add(name)
+            self._given |= {each.note.snapshot for each in waiting}
             await asyncio.wait([asyncio.ensure_future(each.settled()) for each in waiting])
         return len(waiting)
 
@@ -191,8 +196,9 @@ class HandOvers:
     async def _ask(self, handover: HandOver, known: asyncio.Future[Note], frozen_at: float) -> None:
         note = handover.note
         left = await self._until_answered(note, _left, needed=True)
+        self._lost.discard(note.snapshot)
         if left is None:
-            log.warning("an operator said that a host is gone: its arena is here", host=note.host)
+            log.warning("an operator said that nobody else has an arena", host=note.host)
         took = round((time.monotonic() - frozen_at) * 1e6)
         note = replace(note, left=left is not False, freeze_us=took)
         handover.note = note
@@ -234,14 +240,16 @@ class HandOvers:
                         host.stub, note.host, bytes.fromhex(note.snapshot), _place(note)
                     )
                     answer = await call(known)
-                    self._gone.discard(note.host)
+                    self._given.discard(note.snapshot)
                     return answer
             except (RefusedError, HostAwayError, SamepageError) as error:
                 log.info("a host does not answer yet", host=note.host, why=str(error))
+                if needed and isinstance(error, RefusedError) and error.args[0] == errno.ENOENT:
+                    self._learn_lost(note)
             now = time.monotonic()
             gone_since = None if live else gone_since or now
             silent = gone_since is not None and now - gone_since >= _GONE_SECONDS
-            if note.host in self._gone or (silent and not needed):
+            if note.snapshot in self._given or (silent and not needed):
                 return None
             if silent and not told:
                 told = True
@@ -252,6 +260,16 @@ class HandOvers:
                 )
             await asyncio.sleep(pause)
             pause = min(2 * pause, _PAUSE_SECONDS_MAX)
+
+    def _learn_lost(self, note: Note) -> None:
+        """The source's host says that it will never know what became of the arena."""
+        if note.snapshot not in self._lost:
+            self._lost.add(note.snapshot)
+            log.error(
+                "the process that an arena was to come from has ended, and its host has lost what"
+                " it knew: if no other host has the arena, say so (`samepage forget-host`)",
+                host=note.host,
+            )
 
     async def _sweep_forever(self) -> None:
         """Drop the notes of arenas that have ended."""
@@ -273,9 +291,21 @@ class HandOvers:
             log.error("a host was not asked to the end", exc_info=error)
 
 
+def _alive(name: str) -> str:
+    return (
+        f"host {name!r} is in the cluster, and says itself what became of its arenas as soon as"
+        " their processes announce themselves. When such a process has ended for good, its merger"
+        " says that, and this command is believed; where it cannot see processes, and when the"
+        " whole host is gone, end its merger and scanner first"
+    )
+
+
 def _place(note: Note) -> Place:
     return Place(
-        bytes.fromhex(note.source_store), bytes.fromhex(note.source_agent), note.source_number
+        bytes.fromhex(note.source_store),
+        bytes.fromhex(note.source_agent),
+        note.source_number,
+        Process(note.source_pid, note.source_inode, note.source_namespace),
     )
 
 

@@ -32,6 +32,7 @@ class Note:
         freeze_us: how long its writers had to wait, in microseconds.
         sealed: the source could only be read.
         source_store, source_agent, source_number: where the source has the arena.
+        source_pid, source_inode, source_namespace: in which process (process.py).
     """
 
     host: str
@@ -47,6 +48,9 @@ class Note:
     source_store: str = ""
     source_agent: str = ""
     source_number: int = 0
+    source_pid: int = 0
+    source_inode: int = 0
+    source_namespace: str = ""
 
 
 class Journal:

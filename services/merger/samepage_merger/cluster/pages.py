@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import re
 from collections.abc import AsyncIterator
+from dataclasses import asdict
 from typing import Any, NoReturn
 
 import grpc
@@ -31,7 +32,9 @@ from samepage_merger.cluster.keeping import Keeper
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.place import Place
+from samepage_merger.cluster.process import Process, identify
 from samepage_merger.cluster.snapshot_errors import (
+    EndedError,
     NoAnswerError,
     NoArenaError,
     NotPossibleError,
@@ -58,6 +61,7 @@ _FULL = "the store has no room for it: free some memory, or raise store_limit_by
 _STATUS: dict[type[Exception], grpc.StatusCode] = {
     BadRequestError: grpc.StatusCode.INVALID_ARGUMENT,
     NoArenaError: grpc.StatusCode.NOT_FOUND,
+    EndedError: grpc.StatusCode.NOT_FOUND,
     NoAnswerError: grpc.StatusCode.UNAVAILABLE,
     NotPossibleError: grpc.StatusCode.FAILED_PRECONDITION,
     TooLateError: grpc.StatusCode.DEADLINE_EXCEEDED,
@@ -262,7 +266,8 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> pages_pb2.LeaveResponse:
         """Let go of a frozen arena for good."""
         try:
-            place = Place(request.store_id, request.agent, request.arena)
+            process = Process(request.process.pid, request.process.inode, request.process.namespace)
+            place = Place(request.store_id, request.agent, request.arena, process)
             left = await self._snapshots.leave(request.snapshot_id, place)
         except _ERRORS as error:
             await _abort_for(context, error)
@@ -314,6 +319,7 @@ async def _responses(
     snapshot: Snapshot, stretches: AsyncIterator[Stretch], store_id: bytes
 ) -> AsyncIterator[pages_pb2.SnapshotResponse]:
     arena = snapshot.arena
+    process = identify(arena.session.peer.pid if arena.session is not None else 0)
     yield pages_pb2.SnapshotResponse(
         snapshot_id=snapshot.id,
         pages=arena.pages,
@@ -321,6 +327,7 @@ async def _responses(
         store_id=store_id,
         agent=arena.agent,
         arena=arena.number,
+        process=pages_pb2.Process(**asdict(process)),
     )
     async for stretch in stretches:
         response = pages_pb2.SnapshotResponse(

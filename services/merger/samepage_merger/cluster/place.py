@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from samepage_merger.arena import Arena
+from samepage_merger.cluster.process import UNKNOWN, Process
 
 
 @dataclass(frozen=True)
@@ -14,6 +15,7 @@ class Place:
     store_id: bytes = b""
     agent: bytes = b""
     arena: int = 0
+    process: Process = UNKNOWN
 
     def is_of(self, arena: Arena) -> bool:
         """Return whether an arena of that machine's life is the one."""

@@ -13,6 +13,10 @@ class NoArenaError(SnapshotError):
     """There is no such arena, or no such snapshot any more."""
 
 
+class EndedError(SnapshotError):
+    """The arena's process has ended, and nobody here knows any more to whom it had left it."""
+
+
 class NoAnswerError(SnapshotError):
     """The arena's process, or a host that has pages of it, does not answer: ask again."""
 

@@ -44,8 +44,10 @@ from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.looking import Looker, Step
 from samepage_merger.cluster.offers import Offers, stretch_end
 from samepage_merger.cluster.place import NOWHERE, Place
+from samepage_merger.cluster.process import has_ended
 from samepage_merger.cluster.promoting import Promoter
 from samepage_merger.cluster.snapshot_errors import (
+    EndedError,
     NoAnswerError,
     NoArenaError,
     NotPossibleError,
@@ -400,6 +402,11 @@ class Snapshots:
             arenas = [arena for domain in self._domains for arena in domain.arenas]
             if any(arena.state is State.OPEN and place.is_of(arena) for arena in arenas):
                 return False
+            if has_ended(place.process):
+                raise EndedError(
+                    "the arena's process has ended, and whom it had left it to was noted in a store"
+                    " that is gone"
+                )
         elif all(domain.knows_all() for domain in self._domains):
             return False
         raise NoAnswerError("processes of this host have yet to announce their arenas: ask again")

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import errno
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import grpc
@@ -22,6 +22,7 @@ from samepage_merger.cluster.digests import Fingerprints
 from samepage_merger.cluster.groups import GROUP_PAGES
 from samepage_merger.cluster.landing import CHUNK_PAGES
 from samepage_merger.cluster.place import NOWHERE, Place
+from samepage_merger.cluster.process import Process
 from samepage_merger.domains import RefusedError
 from samepage_merger.runs import Int64s
 
@@ -205,13 +206,14 @@ class Snapshot:
         """Ask the source to let go of the frozen arena; whether it did, for good.
 
         Raises:
-            RefusedError: it is not known yet.
+            RefusedError: it is not known yet; with ENOENT: the source's host will never know.
         """
         request = pages_pb2.LeaveRequest(
             snapshot_id=self.id,
             store_id=self.place.store_id,
             agent=self.place.agent,
             arena=self.place.arena,
+            process=pages_pb2.Process(**asdict(self.place.process)),
         )
         with told(self.host):
             return (await self._stub.Leave(request, timeout=seconds)).left
@@ -241,7 +243,9 @@ class Snapshot:
     def _checked(self, response: pages_pb2.SnapshotResponse) -> Stretch:
         if not self.id:
             self.id, self.pages = response.snapshot_id, response.pages
-            self.place = Place(response.store_id, response.agent, response.arena)
+            told_of = response.process
+            process = Process(told_of.pid, told_of.inode, told_of.namespace)
+            self.place = Place(response.store_id, response.agent, response.arena, process)
         self.sealed = response.sealed
         digests = np.frombuffer(response.digests, np.uint8)
         fingerprints = np.frombuffer(response.fingerprints, np.uint8)
