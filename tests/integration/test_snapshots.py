@@ -299,6 +299,34 @@ async def test_frozen_arena_is_left(host: PagesHost, agent: FakeMergingAgent) ->
     assert await copy.leave()
 
 
+@pytest.mark.parametrize("known", ["by its answer", "by its announcement", "before a restart"])
+async def test_arena_is_left_to_one_host_alone(cluster: PagesCluster, known: str) -> None:
+    """Whoever was cut off, and asks when the process has ended, does not get it as well."""
+    host = cluster.hosts["a"]
+    agent = FakeMergingAgent(host.path)
+    await agent.connect()
+    arena = await agent.open("arena", random_pages(30, 1))
+    late, copy = Copy(host), Copy(host)
+    await late.snapshot()
+    await late.freeze()
+    await copy.snapshot()
+    await copy.freeze()
+    if known != "by its announcement":
+        assert await copy.leave()
+    else:
+        arena.left, arena.slots[:], arena.poisoned[:] = copy.id, 0, True
+        await agent.disconnect()
+        await agent.connect()
+        await agent.announce(arena)
+    await agent.die()
+    if known == "before a restart":
+        await cluster.kill("a")
+        late.host = copy.host = host = await cluster.add("a")
+    await host.settled()
+    assert not await late.leave()
+    assert await copy.leave()
+
+
 async def test_arena_stays_when_the_freeze_is_over(
     host: PagesHost, agent: FakeMergingAgent
 ) -> None:

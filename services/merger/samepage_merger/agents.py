@@ -196,8 +196,9 @@ class Agents:
                 raise RefusedError(errno.ESTALE, _STALE)
             else:
                 self._create(session, message, wanted, domain)
-            if (arena := session.arenas.get(message.arena)) is not None:
-                arena.left = wanted.left
+            arena = session.arenas.get(message.arena)
+            if arena is not None and any(wanted.left):
+                domain.leave(arena, wanted.left)
         except MemoryError as error:
             raise RefusedError(errno.ENOMEM, f"{error}: ask for less") from error
         except OSError as error:

@@ -249,6 +249,7 @@ class Domain:
     def leave(self, arena: Arena, snapshot: bytes) -> None:
         """The arena was left to another host, with that snapshot: it has no bytes any more."""
         arena.left = snapshot
+        self.holds.left(snapshot)
         arena.away.clear()
         self.free(self.books.unmap(arena.map, arena.map.mapped()))
 

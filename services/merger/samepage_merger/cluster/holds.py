@@ -93,7 +93,7 @@ class Lease:
 
     Attributes:
         expires: in seconds since the machine's start.
-        arena, lock: of which arena a snapshot is.
+        arena, lock: of which arena a snapshot is; no lock: the arena was left with another one.
     """
 
     owner: str
@@ -234,6 +234,21 @@ class Holds:
         del self._leases[name]
         self._free(self._books.unkeep(lease.slots.all()))
         self._shorten()
+
+    def left(self, snapshot: bytes) -> None:
+        """An arena was left with a snapshot: with no other one it can be left any more, though all
+        hold what they hold."""
+        mine = self.snapshot(snapshot)
+        if mine is None:
+            return
+        for lease in self:
+            if lease is mine or not lease.lock or lease.lock != mine.lock:
+                continue
+            lease.lock = 0
+            try:
+                self._file.append(_lease_record(lease, lease.expires))
+            except StoreFullError:
+                log.warning("no room to note which snapshot an arena was left with")
 
     def keep(self, snapshot: Lease) -> None:
         """Let what a snapshot holds be held for its owner as by Hold, and end the snapshot.

@@ -380,6 +380,8 @@ class Snapshots:
         for domain in self._domains:
             if domain.holds.snapshot(lease.snapshot) is not lease:
                 continue
+            if not lease.lock:
+                return False
             mine = [arena for arena in domain.arenas if arena.lock == lease.lock]
             held = domain.locks.held(lease.lock)
             if mine and mine[0].state is State.OPEN:
