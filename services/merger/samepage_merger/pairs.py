@@ -41,7 +41,7 @@ from samepage_merger.store import StoreFullError
 OUTCOMES = DISPLACED + 1
 #: By number, as the API calls them.
 OUTCOME_NAMES = (*(outcome.name.lower() for outcome in Outcome), "gone", "no_headroom", "displaced")
-STEP_PAGES = 512
+STEP_PAGES = 1024
 STEPS_AHEAD = 2
 
 _BATCH_PAGES = wire.REPLACE_PAGES_MAX
