@@ -111,10 +111,7 @@ class IndexService:
 
     async def close(self) -> None:
         """Let go of Redis, and stop the embedded one."""
-        for loop in self._loops:
-            loop.cancel()
-        if self._loops:
-            await asyncio.wait(self._loops)
+        await tasks.end(self._loops)
         await self._store.close()
         if self._embedded is not None:
             await self._embedded.stop()
