@@ -54,7 +54,7 @@ test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(STAMPS)/checkov \
     $(if $(GO),go-client $(STAMPS)/chart-tools) ## Run every test (PYTEST_ARGS="-k share" for some)
 	@echo "==> running the Python tests"
 	@tools/run-tests $(BIN)/python $(TEST_AGAIN) -n $(TEST_JOBS) --dist loadfile \
-	    --no-loadscope-reorder --max-worker-restart 2 $(PYTEST_ARGS)
+	    --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: $(STAMPS)/dev ## Check style (ruff)

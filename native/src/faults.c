@@ -2,6 +2,7 @@
 
 #include <errno.h>
 #include <poll.h>
+#include <sched.h>
 #include <sys/eventfd.h>
 #include <time.h>
 #include <unistd.h>
@@ -93,9 +94,11 @@ static bool read_event(struct sp_faults *faults, const struct uffd_msg *event,
 static void read_events(struct sp_faults *faults, int uffd)
 {
 	struct uffd_msg events[EVENTS];
-	ssize_t length = read(uffd, events, sizeof(events));
+	ssize_t length;
 	bool found = false;
 
+	atomic_store(&faults->reading, true);
+	length = read(uffd, events, sizeof(events));
 	for (size_t i = 0; length > 0 && i < (size_t)length / sizeof(*events); i++) {
 		struct sp_fault fault = {.when = sp_faults_now()};
 
@@ -104,6 +107,7 @@ static void read_events(struct sp_faults *faults, int uffd)
 		queue(faults, &fault);
 		found = true;
 	}
+	atomic_store(&faults->reading, false);
 	if (found)
 		sp_mailbox_ring(faults->mailbox);
 }
@@ -159,6 +163,12 @@ void sp_faults_stop(struct sp_faults *faults)
 	pthread_join(faults->thread, NULL);
 	close(faults->stop);
 	pthread_mutex_destroy(&faults->lock);
+}
+
+void sp_faults_settle(struct sp_faults *faults)
+{
+	while (atomic_load(&faults->reading))
+		sched_yield();
 }
 
 bool sp_faults_next(struct sp_faults *faults, struct sp_fault *fault, bool *overflow)

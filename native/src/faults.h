@@ -43,6 +43,7 @@ struct sp_faults {
 	struct sp_fault ring[SP_FAULT_RING];
 	size_t first, count;
 	bool overflow; /* faults were dropped: wake everything, who still faults comes back */
+	atomic_bool reading; /* what was read may not be queued yet */
 	struct sp_pager *pager;
 	int stop; /* eventfd */
 	struct sp_mailbox *mailbox; /* the mover's: rung for every fault */
@@ -56,6 +57,10 @@ void sp_faults_stop(struct sp_faults *faults);
 
 /* The next fault; false when there is none. Sets *overflow, and clears it in the queue. */
 bool sp_faults_next(struct sp_faults *faults, struct sp_fault *fault, bool *overflow);
+
+/* Wait until all that was read is queued: what the application's own calls have told of before they
+ * returned can be had by sp_faults_next() then. */
+void sp_faults_settle(struct sp_faults *faults);
 
 /* The time that faults carry, ns. */
 uint64_t sp_faults_now(void);

@@ -161,7 +161,7 @@ class IndexProcess:
 
     async def wait(self) -> int:
         """Its exit code, once it ended."""
-        return await asyncio.wait_for(asyncio.to_thread(self.process.wait), DEADLINE)
+        return await asyncio.to_thread(self.process.wait, DEADLINE)
 
     async def ready(self) -> str:
         """Its address, once it serves."""

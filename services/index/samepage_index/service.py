@@ -10,6 +10,7 @@ import grpc
 import structlog
 from prometheus_client.core import Metric
 
+from samepage.daemon import tasks
 from samepage.daemon.server import Health
 from samepage.daemon.tls import TlsFiles
 from samepage.v1 import index_pb2, index_pb2_grpc
