@@ -12,6 +12,7 @@ import grpc
 import pytest
 from application import PAGE, Application, content
 from helpers.up import Up, running, samepage
+from helpers.waiting import wait_until
 
 from samepage.v1 import merger_pb2, merger_pb2_grpc
 
@@ -111,7 +112,7 @@ def test_one_page_many_times_with_a_cap(
         expected = hashlib.sha256(content(5, 1) * pages).hexdigest()
         assert application.call("digest", "many") == expected
         application.call("unshare", "many")
-        assert status(cluster).slots == 0
+        wait_until(lambda: status(cluster).slots == 0)
 
 
 def test_a_cap_over_several_processes(cluster: Up, capped: Callable[[int], None]) -> None:
