@@ -4,9 +4,8 @@ What is to be asked is in a note (journal.py), so it survives this merger. Whose
 the source was asked to leave, only its host can say: from here, one that is cut off from everybody
 looks like one that is gone, but its application goes on. So that is asked until it answers, or an
 operator says that it is gone, or that nobody else has what its host says it will never know of
-(docs/decisions/0007-who-owns-a-migrated-arena.md). A snapshot's end
-is only a courtesy: a host that has no lease in the index for a while, and does not answer, needs
-none.
+(docs/decisions/0007-who-owns-a-migrated-arena.md). A snapshot's end is only a courtesy: a host that
+has no lease in the index for a while, and does not answer, needs none.
 """
 
 from __future__ import annotations

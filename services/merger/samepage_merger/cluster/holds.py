@@ -239,10 +239,10 @@ class Holds:
         """An arena was left with a snapshot: with no other one it can be left any more, though all
         hold what they hold."""
         mine = self.snapshot(snapshot)
-        if mine is None:
+        if mine is None or not mine.lock:
             return
         for lease in self:
-            if lease is mine or not lease.lock or lease.lock != mine.lock:
+            if lease is mine or lease.lock != mine.lock:
                 continue
             lease.lock = 0
             try:

@@ -31,8 +31,8 @@ from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.keeping import Keeper
 from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
-from samepage_merger.cluster.place import Place
-from samepage_merger.cluster.process import Process, identify
+from samepage_merger.cluster.place import place_told
+from samepage_merger.cluster.process import identify
 from samepage_merger.cluster.snapshot_errors import (
     EndedError,
     NoAnswerError,
@@ -266,9 +266,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> pages_pb2.LeaveResponse:
         """Let go of a frozen arena for good."""
         try:
-            process = Process(request.process.pid, request.process.inode, request.process.namespace)
-            place = Place(request.store_id, request.agent, request.arena, process)
-            left = await self._snapshots.leave(request.snapshot_id, place)
+            left = await self._snapshots.leave(request.snapshot_id, place_told(request))
         except _ERRORS as error:
             await _abort_for(context, error)
         return pages_pb2.LeaveResponse(left=left)

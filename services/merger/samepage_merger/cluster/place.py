@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from samepage.v1 import pages_pb2
 from samepage_merger.arena import Arena
 from samepage_merger.cluster.process import UNKNOWN, Process
 
@@ -23,3 +24,10 @@ class Place:
 
 
 NOWHERE = Place()
+
+
+def place_told(message: pages_pb2.SnapshotResponse | pages_pb2.LeaveRequest) -> Place:
+    """Return the place that a source tells, or is told again."""
+    told = message.process
+    process = Process(told.pid, told.inode, told.namespace)
+    return Place(message.store_id, message.agent, message.arena, process)

@@ -21,8 +21,7 @@ from samepage_merger.cluster.away import Digests, Mask, no_digests
 from samepage_merger.cluster.digests import Fingerprints
 from samepage_merger.cluster.groups import GROUP_PAGES
 from samepage_merger.cluster.landing import CHUNK_PAGES
-from samepage_merger.cluster.place import NOWHERE, Place
-from samepage_merger.cluster.process import Process
+from samepage_merger.cluster.place import NOWHERE, Place, place_told
 from samepage_merger.domains import RefusedError
 from samepage_merger.runs import Int64s
 
@@ -243,9 +242,7 @@ class Snapshot:
     def _checked(self, response: pages_pb2.SnapshotResponse) -> Stretch:
         if not self.id:
             self.id, self.pages = response.snapshot_id, response.pages
-            told_of = response.process
-            process = Process(told_of.pid, told_of.inode, told_of.namespace)
-            self.place = Place(response.store_id, response.agent, response.arena, process)
+            self.place = place_told(response)
         self.sealed = response.sealed
         digests = np.frombuffer(response.digests, np.uint8)
         fingerprints = np.frombuffer(response.fingerprints, np.uint8)
