@@ -240,8 +240,7 @@ static void receive_some(struct sp_node *node)
 			return;
 		if (result > 0) {
 			/* whoever gave the order may know what the application has done before */
-			sp_faults_settle(&node->faults);
-			sp_mover_serve_faults(node);
+			sp_mover_catch_up(node);
 			result = receive(node, &message);
 			sp_message_close(&message);
 			sp_mover_serve_faults(node);

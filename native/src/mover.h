@@ -29,6 +29,9 @@ void sp_mover_stop(struct sp_node *node);
 /* Serve all queued faults. */
 void sp_mover_serve_faults(struct sp_node *node);
 
+/* The same, and all that the application's calls have told of before they returned. */
+void sp_mover_catch_up(struct sp_node *node);
+
 /* Make [page, page + count) of the arena private, serving faults in between. -ENOMEM or what
  * restoring says: some pages are still shared. */
 int sp_mover_restore(struct sp_node *node, struct sp_arena *arena, uint64_t page, uint64_t count);

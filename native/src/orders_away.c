@@ -110,10 +110,8 @@ static uint8_t fill_page(struct sp_node *node, struct sp_arena *arena, uint64_t 
 	error = sp_pager_bring(pager, address, bytes);
 	if (error == -ENOMEM)
 		return WIRE_NO_MAPPING;
-	if (error == -ENOENT) { /* it may have been moved: that is to be followed while it is away */
-		sp_faults_settle(&node->faults);
-		sp_mover_serve_faults(node);
-	}
+	if (error == -ENOENT) /* it may have been moved: that is to be followed while it is away */
+		sp_mover_catch_up(node);
 	sp_away_end(&arena->away, page, 1, 0);
 	return error ? WIRE_BUSY : WIRE_MERGED; /* with an error the application has it otherwise */
 }

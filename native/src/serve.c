@@ -223,3 +223,9 @@ void sp_mover_serve_faults(struct sp_node *node)
 			sp_pager_wake(&mover->pager, arena->data, arena->pages);
 	}
 }
+
+void sp_mover_catch_up(struct sp_node *node)
+{
+	sp_faults_settle(&node->faults);
+	sp_mover_serve_faults(node);
+}
