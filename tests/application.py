@@ -23,6 +23,7 @@ from unittest import mock
 
 PAGE = 4096
 _PR_SET_DUMPABLE = 4
+_MCL_FUTURE = 2
 
 
 class ApplicationError(Exception):
@@ -447,6 +448,13 @@ class Served:
         os.close(reader)
         os.close(writer)
         return data.hex()
+
+    def lock_memory(self) -> None:
+        """Have whatever is mapped from now on filled at once, and never swapped out."""
+        import ctypes
+
+        if ctypes.CDLL(None, use_errno=True).mlockall(_MCL_FUTURE) != 0:
+            raise OSError(ctypes.get_errno(), "mlockall")
 
     def reserve(self, pages: int) -> int:
         """Return where so many addresses are that nothing else uses."""

@@ -176,8 +176,13 @@ int sp_mover_receive_cloning(struct sp_node *node, const struct sp_message *mess
 /* Take an arena into the list. */
 void sp_mover_enlist(struct sp_mover *mover, struct sp_arena *arena);
 
-/* Replace pages of a stretch, from its first on; returns how many have their outcome, 0: the first
- * is ordinary private memory now. */
+/* Replace pages of a stretch that are absent, from its first on, in an arena that nobody knows yet;
+ * returns how many have their outcome, 0: the first is not absent. */
+uint64_t sp_mover_replace_absent(struct sp_node *node, struct sp_arena *arena,
+				 const struct wire_run *stretch, uint8_t *outcomes);
+
+/* Replace pages of a stretch that are away, from its first on; returns how many have their outcome,
+ * 0: the first is ordinary private memory now. */
 uint64_t sp_mover_replace_away(struct sp_node *node, struct sp_arena *arena,
 			       const struct wire_run *stretch, uint8_t *outcomes);
 

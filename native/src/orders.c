@@ -142,8 +142,25 @@ static void replace_stretch(struct sp_node *node, struct sp_arena *arena,
 	sp_mover_serve_faults(node);
 }
 
+/* Replace pages that are private by the extents, from the first on; returns how many it was. */
+static uint64_t replace_private(struct sp_node *node, struct sp_arena *arena,
+				struct wire_run stretch, bool fresh, uint8_t *outcomes)
+{
+	uint64_t mapped = 0;
+
+	if (stretch.count > SP_TAKE_PAGES)
+		stretch.count = SP_TAKE_PAGES;
+	if (fresh && stretch.slot != WIRE_ZERO_SLOT)
+		mapped = sp_mover_replace_absent(node, arena, &stretch, outcomes);
+	if (mapped > 0)
+		return mapped;
+	replace_stretch(node, arena, &stretch, outcomes);
+	return stretch.count;
+}
+
+/* `fresh`: absent pages map their slots. */
 static void replace_run(struct sp_node *node, struct sp_arena *arena, const struct wire_run *run,
-			uint8_t *outcomes)
+			bool fresh, uint8_t *outcomes)
 {
 	uint64_t done = 0;
 
@@ -167,9 +184,7 @@ static void replace_run(struct sp_node *node, struct sp_arena *arena, const stru
 		} else {
 			if (i < arena->extents.count && extent->page - page < left)
 				stretch.count = extent->page - page;
-			if (stretch.count > SP_TAKE_PAGES)
-				stretch.count = SP_TAKE_PAGES;
-			replace_stretch(node, arena, &stretch, outcomes + done);
+			stretch.count = replace_private(node, arena, stretch, fresh, outcomes + done);
 		}
 		done += stretch.count;
 	}
@@ -208,13 +223,13 @@ static size_t gather(const struct sp_mover *mover, const struct sp_arena *arena,
 
 /* Replace a run, or several that are short. Returns how many it was. */
 static size_t replace_some(struct sp_node *node, struct sp_arena *arena,
-			   const struct wire_run *runs, size_t n, uint8_t *outcomes)
+			   const struct wire_run *runs, size_t n, bool fresh, uint8_t *outcomes)
 {
 	struct sp_piece pieces[SP_PIECES];
 
-	n = gather(&node->mover, arena, runs, n, pieces);
+	n = fresh ? 1 : gather(&node->mover, arena, runs, n, pieces);
 	if (n < 2) {
-		replace_run(node, arena, runs, outcomes);
+		replace_run(node, arena, runs, fresh, outcomes);
 		return 1;
 	}
 	sp_pager_replace_pieces(&node->mover.pager, pieces, n, arena->store, runs[0].slot, outcomes);
@@ -254,6 +269,7 @@ static int order_replace(struct sp_node *node, struct sp_arena *arena,
 	const struct wire_replace *replace = (const struct wire_replace *)order->payload;
 	const struct wire_run *runs = (const struct wire_run *)(replace + 1);
 	uint8_t *outcomes = node->mover.outcomes;
+	bool fresh;
 
 	if (order->length < sizeof(*replace) ||
 	    order->length != sizeof(*replace) + replace->runs * sizeof(*runs))
@@ -262,8 +278,9 @@ static int order_replace(struct sp_node *node, struct sp_arena *arena,
 		return sp_mover_send_done(node, order, ENOENT, 0);
 	if (!are_valid(arena, runs, replace->runs))
 		return -EPROTO;
+	fresh = arena->cloning && replace->flags & WIRE_REPLACE_ABSENT;
 	for (size_t i = 0, end; i < replace->runs;) {
-		end = i + replace_some(node, arena, &runs[i], replace->runs - i, outcomes);
+		end = i + replace_some(node, arena, &runs[i], replace->runs - i, fresh, outcomes);
 		for (; i < end; i++)
 			outcomes += runs[i].count;
 	}

@@ -179,7 +179,7 @@ int sp_mover_order_poison(struct sp_node *node, struct sp_arena *arena,
 	return sp_mover_send_done(node, order, 0, ranges.pages);
 }
 
-/* Map slots over n pages that are away: there are no bytes to compare. */
+/* Map slots over pages that have no bytes: there is nothing to compare. */
 static int map_slots(struct sp_node *node, struct sp_arena *arena, const struct wire_run *run)
 {
 	struct sp_pager *pager = &node->mover.pager;
@@ -194,6 +194,29 @@ static int map_slots(struct sp_node *node, struct sp_arena *arena, const struct 
 	if (error)
 		munmap(side, run->count * SP_PAGE_SIZE);
 	return error;
+}
+
+uint64_t sp_mover_replace_absent(struct sp_node *node, struct sp_arena *arena,
+				 const struct wire_run *stretch, uint8_t *outcomes)
+{
+	struct sp_pager *pager = &node->mover.pager;
+	const uint8_t *address = arena->data + stretch->page * SP_PAGE_SIZE;
+	struct wire_run run = {.page = stretch->page, .slot = stretch->slot};
+
+	if (sp_pagemap_read(pager->pagemap, address, stretch->count, pager->page_states))
+		return 0;
+	while (run.count < stretch->count && !sp_pagemap_is_there(pager->page_states[run.count]))
+		run.count++;
+	if (run.count == 0)
+		return 0;
+	if (arena->extents.count >= node->mover.extents_budget || map_slots(node, arena, &run)) {
+		memset(outcomes, WIRE_NO_MAPPING, run.count);
+		return run.count;
+	}
+	sp_extents_insert(&arena->extents, run.page, run.count, run.slot);
+	memset(outcomes, WIRE_MERGED, run.count);
+	sp_mover_serve_faults(node);
+	return run.count;
 }
 
 uint64_t sp_mover_replace_away(struct sp_node *node, struct sp_arena *arena,

@@ -163,9 +163,13 @@ struct wire_evicted {
 	uint64_t held, spilled, kept, no_room;
 };
 
+/* What is absent in an arena that the application does not know yet maps its slots, with nothing to
+ * compare; those that do not know this call it ABSENT. */
+#define WIRE_REPLACE_ABSENT 1
+
 struct wire_replace { /* runs follow */
 	uint32_t runs;
-	uint32_t zero;
+	uint32_t flags;
 };
 
 struct wire_done { /* outcomes follow, a byte each */

@@ -59,6 +59,7 @@ class CloningAgent(FakeMergingAgent):
         data = np.zeros((pages, wire.PAGE_SIZE), np.uint8)
         arena = FakeArena(self, number, wanted.name, wanted.domain, data)
         arena.absent[:] = True
+        arena.cloning = True
         self.arenas[number] = arena
         await self.announce(arena)
         return arena
@@ -88,6 +89,7 @@ class CloningAgent(FakeMergingAgent):
         layout = wire.CLONED if message.type is wire.Type.CLONED else wire.CLONING
         counts = wire.unpack(layout, message)
         if message.type is wire.Type.CLONED:
+            self.arenas[message.arena].cloning = False
             counts, sealed = counts[:-1], counts[-1]
             self.sealed |= {message.arena} if sealed else set()
         self.told.append(counts)

@@ -52,6 +52,7 @@ class FakeArena:
         self.poisoned = np.zeros(len(data), np.bool_)
         self.away: dict[int, bytes] = {}
         self.frozen = False
+        self.cloning = False
         self.left = bytes(16)
         self.lock = 0
         self.store = -1
@@ -113,6 +114,7 @@ class FakeMergingAgent:
 
     Attributes:
         obey: clear it, and orders wait until it is set again.
+        knows_absent: clear it, and it maps only what is away, as an older one.
         lie: given an order's outcomes, returns the ones to send instead.
         ordered: set when a message of this type has come.
     """
@@ -122,6 +124,7 @@ class FakeMergingAgent:
         self._version = version
         self.agent = secrets.token_bytes(16)
         self.arenas: dict[int, FakeArena] = {}
+        self.knows_absent = True
         self.obey = asyncio.Event()
         self.obey.set()
         self.lie: Callable[[Pages], Pages] = lambda outcomes: outcomes
@@ -450,18 +453,23 @@ class FakeMergingAgent:
 
     def replace(self, arena: FakeArena, order: wire.Message) -> Pages:
         """Carry out a REPLACE; return its outcomes."""
-        runs, _ = wire.REPLACE.unpack_from(order.payload)
+        runs, flags = wire.REPLACE.unpack_from(order.payload)
         extents = np.frombuffer(order.payload, wire.EXTENT, offset=wire.REPLACE.size)
         assert extents.size == runs
         outcomes = [
-            self._replace_page(arena, page + at, slot + at if slot else 0)
+            self._replace_page(arena, page + at, slot + at if slot else 0, flags)
             for page, count, slot in extents.tolist()
             for at in range(count)
         ]
         assert len(outcomes) <= wire.REPLACE_PAGES_MAX
         return np.array(outcomes, np.uint8)
 
-    def _replace_page(self, arena: FakeArena, page: int, slot: int) -> Outcome:
+    def _replace_page(self, arena: FakeArena, page: int, slot: int, flags: int) -> Outcome:
+        if arena.absent[page] and flags == wire.REPLACE_ABSENT and slot and self.knows_absent:
+            assert arena.cloning
+            arena.absent[page] = False
+            arena.slots[page] = slot
+            return Outcome.MERGED
         if arena.absent[page]:
             return Outcome.ABSENT
         if arena.slots[page]:

@@ -22,11 +22,12 @@ from samepage.v1 import pages_pb2 as pb
 from samepage.v1 import pages_pb2_grpc
 from samepage_merger.cluster.away import Digests
 from samepage_merger.cluster.digests import Digester
+from samepage_merger.cluster.groups import GROUP_PAGES, group_digests
 
 Pages = npt.NDArray[np.uint8]
 Context = grpc.aio.ServicerContext[Any, Any]
 
-_STRETCH = 1000
+_STRETCH = 8 * GROUP_PAGES
 
 
 @dataclass
@@ -54,11 +55,17 @@ class SourceArena:
 
 @dataclass
 class SourceSnapshot:
-    """What is held for a clone, and until when its arena is frozen."""
+    """What is held for a clone, and until when its arena is frozen.
+
+    Attributes:
+        offered: digests of the stretches that are not taken yet, by their first page; None when
+            nothing is offered.
+    """
 
     arena: SourceArena
     owner: str
     held: dict[bytes, bytes] = field(default_factory=dict)
+    offered: dict[int, Digests] | None = None
     frozen_until: float = 0.0
 
 
@@ -67,6 +74,8 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
 
     Attributes:
         kept: pages that are held by Hold, or since a snapshot was ended so.
+        offers: whether it knows how to offer, and groups.
+        described: pages that Describe told of.
         sent: pages that were fetched.
         renewed: snapshots whose lease was renewed.
         before: called with the name of each call before it is answered; may abort it.
@@ -76,6 +85,8 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
         self.arenas: dict[str, SourceArena] = {}
         self.snapshots: dict[bytes, SourceSnapshot] = {}
         self.kept: dict[bytes, bytes] = {}
+        self.offers = True
+        self.described = 0
         self.sent = 0
         self.renewed: set[bytes] = set()
         self.before: Callable[[str, Context], Any] | None = None
@@ -112,6 +123,9 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
             snapshot_id = secrets.token_bytes(16)
             snapshot = self.snapshots[snapshot_id] = SourceSnapshot(arena, request.owner)
             pages = list(range(len(arena.data)))
+            if request.offer and self.offers:
+                assert request.group
+                snapshot.offered = {}
             yield pb.SnapshotResponse(
                 snapshot_id=snapshot_id, pages=len(arena.data), sealed=arena.sealed
             )
@@ -140,11 +154,23 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
         return pb.EndSnapshotResponse()
 
     async def Describe(self, request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
-        """It knows no groups."""
-        return pb.DescribeResponse()
+        """What the pages of groups are."""
+        snapshot = await self._find(request.snapshot_id, context)
+        assert snapshot.offered is not None
+        digests = snapshot.offered[request.first_page]
+        assert len(request.groups) == -(-len(digests) // GROUP_PAGES)
+        wanted = np.repeat(np.frombuffer(request.groups, np.bool_), GROUP_PAGES)[: len(digests)]
+        count = int(np.count_nonzero(wanted))
+        self.described += count
+        return pb.DescribeResponse(
+            digests=digests[wanted].tobytes(), fingerprints=bytes(16 * count)
+        )
 
     async def Taken(self, request: pb.TakenRequest, context: Context) -> pb.TakenResponse:
-        """It offers nothing, as an older one."""
+        """A stretch was taken, once."""
+        snapshot = await self._find(request.snapshot_id, context)
+        assert snapshot.offered is not None
+        del snapshot.offered[request.first_page]
         return pb.TakenResponse()
 
     async def Leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
@@ -209,14 +235,21 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
                 data = arena.data[some].tobytes()
                 digests = self._digester.pages(data)
                 self._hold(snapshot, digests, data)
-                yield pb.SnapshotResponse(
+                response = pb.SnapshotResponse(
                     snapshot_id=snapshot_id,
                     pages=len(arena.data),
                     first_page=int(some[0]),
-                    digests=digests.tobytes(),
-                    fingerprints=bytes(16 * some.size),
                     sealed=arena.sealed,
                 )
+                if snapshot.offered is not None:
+                    snapshot.offered[int(some[0])] = digests
+                    response.offered = True
+                    response.groups = group_digests(self._digester, digests).tobytes()
+                    response.group_pages = some.size
+                else:
+                    response.digests = digests.tobytes()
+                    response.fingerprints = bytes(16 * some.size)
+                yield response
 
     def _hold(self, snapshot: SourceSnapshot, digests: Digests, data: bytes) -> None:
         for number, digest in enumerate(digests):

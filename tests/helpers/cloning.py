@@ -167,11 +167,14 @@ async def nothing_left(host: CloningHost, source: FakeSource, agent: CloningAgen
     host.assert_exact(agent)
 
 
-def hang_at(source: FakeSource, wanted_call: str) -> None:
-    """Let calls of one kind never be answered."""
+def hang_at(source: FakeSource, wanted_call: str) -> asyncio.Event:
+    """Let calls of one kind never be answered; return what is set when there is one."""
+    reached = asyncio.Event()
 
     async def hang(call: str) -> None:
         if call == wanted_call:
+            reached.set()
             await asyncio.Event().wait()
 
     source.before = lambda call, context: hang(call)
+    return reached

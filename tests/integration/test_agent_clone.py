@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -92,6 +93,73 @@ def test_a_clone_arrives_page_by_page(merger: Merger, application: Application) 
     told = application.finish()
     assert told[-1] == [2 * PAGE, 6 * PAGE, 0, 0]
     assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
+
+
+def replace(merger: Merger, flags: int, *runs: tuple[int, int, int]) -> list[int]:
+    payload = wire.REPLACE.pack(len(runs), flags)
+    return merger.outcomes(
+        Type.REPLACE, payload + b"".join(struct.pack("<QQQ", *run) for run in runs)
+    )
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_absent_pages_of_a_clone_map_slots_at_once(
+    merger: Merger, application: Application, sealed: bool
+) -> None:
+    for page in range(PAGES):
+        merger.write_slot(3 + page, DATA[page * PAGE : (page + 1) * PAGE])
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    # One of them is filled; an order without the flag, or for a page that is there, takes none.
+    assert merger.make_away(4, 1) == [Outcome.MERGED]
+    assert merger.fill(DATA, (4, 1)) == [Outcome.MERGED]
+    assert replace(merger, 0, (0, 2, 3)) == [Outcome.ABSENT] * 2
+    assert replace(merger, wire.REPLACE_ABSENT, (4, 1, 3)) == [Outcome.DIFFERS]
+    runs = ((0, 4, 3), (5, 3, 8))
+    assert replace(merger, wire.REPLACE_ABSENT, *runs) == [Outcome.MERGED] * 7
+    assert replace(merger, wire.REPLACE_ABSENT, (1, 1, 9)) == [Outcome.BUSY]
+    tell(merger, clone, 7, 1, 0, freeze=0, sealed=sealed)
+    application.finish()
+    if sealed:
+        assert merger.receive(Type.SEALED).arena == clone.arena
+    assert application.call("read", "copy", 0, PAGES * PAGE) == DATA.hex()
+    assert application.call("writable", "copy") is not sealed
+    if not sealed:
+        application.call("write", "copy", 2 * PAGE, "ff")
+        assert merger.receive(Type.RESTORED).payload == wire.PAGE_RANGE.pack(2, 1)
+        expected = DATA[: 2 * PAGE] + b"\xff" + DATA[2 * PAGE + 1 :]
+        assert application.call("read", "copy", 0, PAGES * PAGE) == expected.hex()
+
+
+def test_what_mlockall_filled_is_not_absent(merger: Merger, application: Application) -> None:
+    merger.write_slot(3, DATA[:PAGE])
+    application.call("lock_memory")
+    application.start("clone", "clone_arena", "host-b/source", "copy")
+    clone, _, _ = asked(merger)
+    tell(merger, clone, 0, 0, PAGES)
+    merger.open_arena()
+    assert replace(merger, wire.REPLACE_ABSENT, (0, 1, 3)) == [Outcome.UNSUPPORTED]
+    assert merger.make_away(0, 1) == [Outcome.MERGED]
+    assert replace(merger, 0, (0, 1, 3)) == [Outcome.MERGED]
+    tell(merger, clone, 1, 0, 0, freeze=0)
+    application.finish()
+    assert application.call("read", "copy", 0, PAGE) == DATA[:PAGE].hex()
+
+
+def test_arenas_that_the_application_knows_are_compared(
+    merger: Merger, application: Application
+) -> None:
+    """Whatever the merger says."""
+    merger.write_slot(3, DATA[:PAGE])
+    application.start("create", "own", PAGES)
+    merger.open_arena()
+    application.finish()
+    assert replace(merger, wire.REPLACE_ABSENT, (0, 1, 3)) == [Outcome.ABSENT]
+    application.call("write", "own", 0, "01")
+    assert replace(merger, wire.REPLACE_ABSENT, (0, 1, 3)) == [Outcome.DIFFERS]
+    assert application.call("read", "own", 0, 2) == "0100"
 
 
 def test_the_clone_of_a_sealed_arena_is_sealed(merger: Merger, application: Application) -> None:

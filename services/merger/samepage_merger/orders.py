@@ -80,31 +80,40 @@ class Orders:
                 keep(low, read, memoryview(session.peer.window)[: (high - low) * wire.PAGE_SIZE])
         return outcomes
 
-    async def replace(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
+    async def replace(self, arena: Arena, pages: Int64s, slots: Int64s, flags: int = 0) -> Outcomes:
         """Let pages (ascending, each once) map slots; slot 0 is the zero page.
 
         A slot that was freed between the caller's look at the books and now makes its page BUSY,
         one that has all the sharers it may have makes it FULL.
+
+        Args:
+            flags: of the order (wire.REPLACE_ABSENT).
         """
         if arena.state is not State.OPEN:
             return np.full(pages.size, GONE, np.uint8)
         alive = (slots == wire.ZERO_SLOT) | arena.domain.books.table.contains(slots)
         if alive.all():
-            return await self._replace_alive(arena, pages, slots)
+            return await self._replace_alive(arena, pages, slots, flags)
         outcomes = np.full(pages.size, Outcome.BUSY, np.uint8)
-        outcomes[alive] = await self._replace_alive(arena, pages[alive], slots[alive])
+        outcomes[alive] = await self._replace_alive(arena, pages[alive], slots[alive], flags)
         return outcomes
 
-    async def _replace_alive(self, arena: Arena, pages: Int64s, slots: Int64s) -> Outcomes:
+    async def _replace_alive(
+        self, arena: Arena, pages: Int64s, slots: Int64s, flags: int
+    ) -> Outcomes:
         parts = list(_parts(pages, slots))
         if len(parts) == 1:
-            return await self._replace_part(arena, pages, slots, parts[0].extents)
+            return await self._replace_part(arena, pages, slots, parts[0].extents, flags)
         books = arena.domain.books
         guard = books.hold(slots)
         try:
             outcomes = [
                 await self._replace_part(
-                    arena, pages[part.low : part.high], slots[part.low : part.high], part.extents
+                    arena,
+                    pages[part.low : part.high],
+                    slots[part.low : part.high],
+                    part.extents,
+                    flags,
                 )
                 for part in parts
             ]
@@ -241,7 +250,7 @@ class Orders:
             return np.full(pages.size, failed.args[0], np.uint8)
 
     async def _replace_part(
-        self, arena: Arena, pages: Int64s, slots: Int64s, extents: npt.NDArray[np.void]
+        self, arena: Arena, pages: Int64s, slots: Int64s, extents: npt.NDArray[np.void], flags: int
     ) -> Outcomes:
         if arena.state is not State.OPEN:
             return np.full(pages.size, GONE, np.uint8)
@@ -249,9 +258,9 @@ class Orders:
             fit = fits(arena.domain, slots, cap)
             if not fit.all():
                 outcomes = np.full(pages.size, FULL, np.uint8)
-                outcomes[fit] = await self._replace_alive(arena, pages[fit], slots[fit])
+                outcomes[fit] = await self._replace_alive(arena, pages[fit], slots[fit], flags)
                 return outcomes
-        payload = wire.REPLACE.pack(extents.size, 0) + extents.tobytes()
+        payload = wire.REPLACE.pack(extents.size, flags) + extents.tobytes()
         domain = arena.domain
         release = functools.partial(domain.release, arena, domain.hold(arena, slots))
 

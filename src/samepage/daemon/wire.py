@@ -29,6 +29,8 @@ ARENA_OPEN_V2 = struct.Struct("<QQIHH")
 ARENA_OPENED = struct.Struct("<Q")
 PAGE_RANGE = struct.Struct("<QQ")
 REPLACE = struct.Struct("<II")
+#: Flag of REPLACE: absent pages of an arena that is being cloned map their slots.
+REPLACE_ABSENT = 1
 FREEZE = struct.Struct("<I")
 CHANGED = struct.Struct("<QQ")
 STALL_BUCKETS = 16

@@ -28,9 +28,18 @@ from helpers.merger_host import store_directory
 from helpers.waiting import until
 
 from samepage.daemon import wire
+from samepage_merger.cluster.groups import GROUP_PAGES
 
 
 class TestClone:
+    @pytest.fixture(autouse=True, params=["all are new", "older source", "older agent"])
+    def generation(
+        self, request: pytest.FixtureRequest, source: FakeSource, agent: CloningAgent
+    ) -> None:
+        """Who was not upgraded yet."""
+        source.offers = request.param != "older source"
+        agent.knows_absent = request.param != "older agent"
+
     async def test_bytes_are_equal_and_each_is_fetched_once(
         self, host: CloningHost, source: FakeSource, agent: CloningAgent
     ) -> None:
@@ -55,6 +64,22 @@ class TestClone:
         _, local, fetched, missing, _ = agent.told[-1]
         assert (fetched, missing) == (PAGES // 10, 0)
         assert local + fetched == PAGES - ZEROS + ZEROS // 10
+        await nothing_left(host, source, agent)
+
+    async def test_groups_that_are_known_are_mapped_without_a_word_of_their_pages(
+        self, host: CloningHost, source: FakeSource, agent: CloningAgent
+    ) -> None:
+        await agent.clone(wanted())
+        sent, described = source.sent, source.described
+        second = source.arenas["there"].data.copy()
+        second[1000] = pages(1, seed=2)
+        source.arenas["second"] = SourceArena(second)
+        arena = await agent.clone(wanted("second", "second"))
+        assert arena.view() == second.tobytes()
+        assert source.sent - sent == 1
+        if source.offers:
+            # That page's group, those with zeros in them, and the last, which is no whole one.
+            assert source.described - described == 3 * GROUP_PAGES + PAGES % GROUP_PAGES
         await nothing_left(host, source, agent)
 
     @pytest.mark.parametrize("lazy", [False, True])
@@ -192,11 +217,11 @@ class TestFailure:
         self, host: CloningHost, source: FakeSource, agent: CloningAgent
     ) -> None:
         asked = wanted()
-        hang_at(source, "Fetch")
+        reached = hang_at(source, "Fetch")
         seq = agent.ask(asked, 1)
         counts = await agent.news(seq)
         arena = await agent.make(asked, 1, counts[0])
-        await agent.until_ordered(wire.Type.AWAY, 2)
+        await asyncio.wait_for(reached.wait(), 10)
         await agent.close_arena(arena)
         source.before = None
         await nothing_left(host, source, agent)
@@ -205,11 +230,11 @@ class TestFailure:
         self, host: CloningHost, source: FakeSource, agent: CloningAgent
     ) -> None:
         asked = wanted()
-        hang_at(source, "Fetch")
+        reached = hang_at(source, "Fetch")
         seq = agent.ask(asked, 1)
         counts = await agent.news(seq)
         await agent.make(asked, 1, counts[0])
-        await agent.until_ordered(wire.Type.AWAY, 2)
+        await asyncio.wait_for(reached.wait(), 10)
         await agent.die()
         source.before = None
         await nothing_left(host, source, agent)
@@ -221,12 +246,12 @@ class TestFailure:
             async with cloning_host(tmp_path, store, source) as host:
                 agent = CloningAgent(host.path)
                 await agent.connect()
-                hang_at(source, "Fetch")
+                reached = hang_at(source, "Fetch")
                 asked = wanted()
                 seq = agent.ask(asked, 1)
                 counts = await agent.news(seq)
                 await agent.make(asked, 1, counts[0])
-                await agent.until_ordered(wire.Type.AWAY, 2)
+                await asyncio.wait_for(reached.wait(), 10)
                 await host.kill()
                 await agent.die()
             assert len(source.snapshots) == 1

@@ -44,7 +44,7 @@ class Catalog:
         self._digester = digester
         self._free = free
         self._table = KeyTable(books.table.contains)
-        self.groups = Groups(books, store, digester, free)
+        self.groups = Groups(books, digester, free)
 
     def __len__(self) -> int:
         """Entries, those of freed slots too until they are dropped."""
@@ -118,10 +118,9 @@ class Catalog:
 
     async def verify(self, digests: Digests, slots: Int64s) -> npt.NDArray[np.bool_]:
         """Return whether each slot's bytes have its digest. The slots must be held."""
-        good = self.groups.seen(slots, digests)
-        left = np.flatnonzero(~good)
-        for low in range(0, left.size, _VERIFY_PAGES):
-            part = left[low : low + _VERIFY_PAGES]
+        good = np.zeros(slots.size, np.bool_)
+        for low in range(0, slots.size, _VERIFY_PAGES):
+            part = slice(low, low + _VERIFY_PAGES)
             data = self._store.read_all(slots[part])
             good[part] = equal(await self._digester.pages_apart(data), digests[part])
         return good

@@ -2,9 +2,10 @@
 
 Theory. An agent asks (CLONE), and a task of its own works it off: the source makes a snapshot and
 tells of its pages, stretch by stretch. As soon as it is known how many there are the agent makes
-the arena, in which nobody can look yet. The pages of each stretch that hold more than zeros become
-away pages of it, and land (landing.py) while the next stretch is on its way. When the last has
-landed the agent is told, and the application has the arena.
+the arena, in which nobody can look yet. The pages of each stretch that hold more than zeros land
+(landing.py) while the next stretch is on its way; those of lazy clones and migrations, which are
+told of more than once, or are seen before they are here, are made away pages first. When the last
+has landed the agent is told, and the application has the arena.
 
 Whatever goes wrong before ends the task, and with it everything: the agent is refused and drops the
 arena, slots that no page maps are freed, the source forgets its snapshot. What was begun is noted
@@ -27,8 +28,9 @@ from samepage.daemon import secrets, wire
 from samepage.daemon.failpoints import failpoint
 from samepage.errors import InvalidArgumentError, SamepageError
 from samepage_merger.arena import Arena, Session
-from samepage_merger.cluster.away import Digests
+from samepage_merger.cluster.away import Digests, Mask
 from samepage_merger.cluster.digests import are_zero
+from samepage_merger.cluster.groups import GROUP_PAGES
 from samepage_merger.cluster.handover import HandOver, HandOvers, Hosts, Key
 from samepage_merger.cluster.hosts import HostAwayError
 from samepage_merger.cluster.journal import Journal, Note
@@ -36,6 +38,7 @@ from samepage_merger.cluster.landing import Chunk, Landing, Tools, check, distin
 from samepage_merger.cluster.migrate import Migration
 from samepage_merger.cluster.source import Snapshot, Stretch, gathered
 from samepage_merger.domains import Domain, Domains, RefusedError
+from samepage_merger.pagemap import PRIVATE
 
 _PROGRESS_SECONDS = 0.1
 _OPEN_SECONDS = 30.0
@@ -249,7 +252,9 @@ class Clone:
                 self._services.journal.write(self._note)
                 failpoint("clone.snapshot")
                 arena = await self._open_arena(snapshot.pages)
-                landing = self._landing = Landing(self._services.tools, arena, snapshot.host)
+                landing = self._landing = Landing(
+                    self._services.tools, arena, snapshot.host, fresh=offer
+                )
                 await self._take_in(arena, snapshot, first, landing)
                 async for stretch in gathered(stretches):
                     await self._take_in(arena, snapshot, stretch, landing)
@@ -265,6 +270,7 @@ class Clone:
             if self._wanted.migrate:
                 return await self._hand_over(snapshot, arena, landing)
             _check_complete(arena)
+            self._check_counts()
             failpoint("clone.whole")
             return 0
         finally:
@@ -331,20 +337,43 @@ class Clone:
         """Let the stretch's pages be away, and have them land."""
         if not len(stretch.digests):
             return
-        if len(stretch.groups):
-            known, digests = await arena.domain.catalog.groups.find(stretch.groups)
-            stretch = await snapshot.describe(stretch, known, digests)
         chunk = Chunk(stretch.pages, stretch.digests, stretch.fingerprints)
+        if len(stretch.groups):
+            groups = await self._map_groups(arena, stretch, landing)
+            chunk = await snapshot.describe(stretch, groups)
         zero = are_zero(chunk.digests)
         self._zero += int(np.count_nonzero(zero))
         chunk = chunk[~zero]
+        if stretch.offered:
+            await landing.take(chunk, functools.partial(snapshot.taken, stretch.first))
+            return
         check(await self._services.tools.orders.away(arena, chunk.pages, chunk.digests))
         if self._wanted.lazy:
             self._lazy.append(chunk)
-        elif stretch.offered:
-            await landing.take(chunk, functools.partial(snapshot.taken, stretch.first))
         else:
             await landing.take(chunk)
+
+    async def _map_groups(self, arena: Arena, stretch: Stretch, landing: Landing) -> Mask:
+        """Map the groups of a stretch that are known; return which are not."""
+        pages = stretch.pages
+        with arena.domain.catalog.groups.found(stretch.groups) as known:
+            slots = known.slots[: pages.size]
+            here = slots != PRIVATE
+            await landing.map_slots(pages[here], slots[here])
+        of_known = np.repeat(known.mask, GROUP_PAGES)[: pages.size]
+        self._zero += int(np.count_nonzero(of_known & ~here))
+        return ~known.mask
+
+    def _check_counts(self) -> None:
+        """See that every page was told of, and has landed or holds only zeros.
+
+        Raises:
+            RefusedError: one has not.
+        """
+        pages, local, fetched, _ = self._counts()
+        if pages != self._zero + local + fetched:
+            text = f"of {pages} pages {self._zero + local + fetched} came: try again"
+            raise RefusedError(errno.EAGAIN, text)
 
     async def _bring(self, landing: Landing) -> None:
         """Bring the pages of a lazy clone, which the application has already."""

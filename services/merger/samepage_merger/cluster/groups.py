@@ -1,31 +1,44 @@
 """Groups of pages that are known by one digest: what is equal is told of in 32 bytes, not in 4096.
 
 Theory. The digests of 128 pages are as long as a page, and their digest names the group. Of a group
-whose pages lie in slots that follow each other the first slot is noted, under the first bytes of
-its digest: 16 bytes for 128 pages. That proves nothing, as in the catalog: whoever finds a group
-reads its slots, and what comes out is the digests of all its pages, checked.
-
-Slots are never written twice, nor their numbers used again, so which digest a slot has can be
-remembered for ever; the few that were seen last are, since they are about to be asked for again.
+whose pages came here, and lie in slots that follow each other, that digest and the first slot are
+noted: 48 bytes for 128 pages. The bytes had their digests when they were written, and slots are
+never written twice, nor their numbers used again; so as long as its slots live, a known group is
+mapped without a look at it.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import numpy as np
 
 from samepage.daemon.wire import DIGEST_BYTES, PAGE_SIZE
 from samepage_merger.books import Books
 from samepage_merger.cluster.away import Digests, Mask
-from samepage_merger.cluster.digests import Digester, are_zero, equal, in_thread
+from samepage_merger.cluster.digests import Digester, are_zero, equal
 from samepage_merger.cluster.keys import KeyTable, keys_of
+from samepage_merger.pagemap import PRIVATE
 from samepage_merger.runs import Int64s
-from samepage_merger.store import Store
 
 GROUP_PAGES = PAGE_SIZE // DIGEST_BYTES
-_REMEMBERED = 4
+
+_GROUP = np.dtype([("digest", np.uint8, (DIGEST_BYTES,)), ("slot", np.int64)])
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """What is known of groups.
+
+    Attributes:
+        mask: which of them are.
+        slots: of their pages, 128 a group; PRIVATE for pages of zeros, and of unknown groups.
+    """
+
+    mask: Mask
+    slots: Int64s
 
 
 def group_digests(digester: Digester, digests: Digests) -> Digests:
@@ -43,15 +56,15 @@ class Groups:
         free: gives back slots that are in the books no more.
     """
 
-    def __init__(
-        self, books: Books, store: Store, digester: Digester, free: Callable[[Int64s], None]
-    ) -> None:
+    def __init__(self, books: Books, digester: Digester, free: Callable[[Int64s], None]) -> None:
         self._books = books
-        self._store = store
         self._digester = digester
         self._free = free
-        self._table = KeyTable(books.table.contains)
-        self._seen: deque[tuple[Int64s, Digests]] = deque(maxlen=_REMEMBERED)
+        self._table = KeyTable(lambda groups: self._live(groups["slot"]), _GROUP)
+
+    def __len__(self) -> int:
+        """Groups, those of freed slots too until they are dropped."""
+        return len(self._table)
 
     @property
     def nbytes(self) -> int:
@@ -59,49 +72,40 @@ class Groups:
         return self._table.nbytes
 
     def add(self, pages: Int64s, digests: Digests, first_slot: int) -> None:
-        """Note the whole groups among pages (ascending) that are in fresh slots, one by one."""
+        """Note the whole groups among pages (ascending) whose bytes, which had these digests, are
+        in fresh slots, one by one."""
         rows = np.flatnonzero(pages[: max(0, pages.size - GROUP_PAGES + 1)] % GROUP_PAGES == 0)
         rows = rows[pages[rows + GROUP_PAGES - 1] - pages[rows] == GROUP_PAGES - 1]
         if rows.size:
             of_groups = digests[(rows[:, None] + np.arange(GROUP_PAGES)).reshape(-1)]
-            self._table.add(keys_of(group_digests(self._digester, of_groups)), first_slot + rows)
+            groups = np.empty(rows.size, _GROUP)
+            groups["digest"] = group_digests(self._digester, of_groups)
+            groups["slot"] = first_slot + rows
+            self._table.add(keys_of(groups["digest"]), groups)
 
-    async def find(self, told: Digests) -> tuple[Mask, Digests]:
-        """Return which groups are known, and the digests of their pages; zeros where not."""
-        known = are_zero(told)
-        digests = np.zeros((len(told), GROUP_PAGES, DIGEST_BYTES), np.uint8)
-        number, first = self._table.find(keys_of(told))
-        slots = first[:, None] + np.arange(GROUP_PAGES)
-        live = self._books.table.contains(slots.reshape(-1)).reshape(slots.shape).all(axis=1)
-        number, at = np.unique(number[live], return_index=True)
-        slots = slots[live][at]
-        if not number.size:
-            return known, digests.reshape(-1, DIGEST_BYTES)
-        hold = self._books.hold(slots.reshape(-1))
+    @contextmanager
+    def found(self, told: Digests) -> Iterator[Known]:
+        """Give what is known of groups; the slots are not freed for as long as the block runs."""
+        mask = are_zero(told)
+        number, groups = self._table.find(keys_of(told))
+        good = equal(groups["digest"], told[number]) & self._live(groups["slot"])
+        number, first = number[good], groups["slot"][good]
+        mask[number] = True
+        slots = np.full((len(told), GROUP_PAGES), PRIVATE, np.int64)
+        slots[number] = _all_of(first)
+        hold = self._books.hold(slots[number].reshape(-1))
         try:
-            found = await in_thread(lambda: self._hash(slots), slots.size)
+            yield Known(mask, slots.reshape(-1))
         finally:
             self._free(self._books.release(hold))
-        good = equal(group_digests(self._digester, found.reshape(-1, DIGEST_BYTES)), told[number])
-        known[number[good]] = True
-        digests[number[good]] = found[good]
-        self._remember(slots[good].reshape(-1), found[good])
-        return known, digests.reshape(-1, DIGEST_BYTES)
 
-    def seen(self, slots: Int64s, digests: Digests) -> Mask:
-        """Return which slots were seen to have their digest, not long ago."""
-        good = np.zeros(slots.size, np.bool_)
-        for seen, of_seen in self._seen:
-            at = np.minimum(np.searchsorted(seen, slots), seen.size - 1)
-            good |= (seen[at] == slots) & equal(of_seen[at], digests)
-        return good
+    def _live(self, first: Int64s) -> Mask:
+        """Return of which groups, by the first slot, every slot lives."""
+        live = self._books.table.contains(_all_of(first).reshape(-1))
+        every: Mask = np.logical_and.reduce(live.reshape(-1, GROUP_PAGES), axis=1)
+        return every
 
-    def _hash(self, slots: Int64s) -> Digests:
-        """Return the digests of slots, a row a group."""
-        hashed = [self._digester.pages(self._store.read_all(group)) for group in slots]
-        return np.stack(hashed)
 
-    def _remember(self, slots: Int64s, digests: Digests) -> None:
-        if slots.size:
-            order = np.argsort(slots, kind="stable")
-            self._seen.append((slots[order], digests.reshape(-1, DIGEST_BYTES)[order]))
+def _all_of(first: Int64s) -> Int64s:
+    """Return the slots of groups, a row a group."""
+    return first[:, None] + np.arange(GROUP_PAGES)

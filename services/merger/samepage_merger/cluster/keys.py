@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,19 +28,25 @@ def keys_of(digests: Digests) -> Keys:
 @dataclass(frozen=True, slots=True)
 class _Level:
     keys: Keys
-    values: Int64s
+    values: npt.NDArray[Any]
 
 
 class KeyTable:
-    """Numbers by key; a key may have several.
+    """Numbers by key, or records; a key may have several.
 
     Args:
         alive: says which numbers still mean something. The others are dropped when arrays are
             joined, and may be found until then.
+        dtype: of the numbers.
     """
 
-    def __init__(self, alive: Callable[[Int64s], Mask] | None = None) -> None:
+    def __init__(
+        self,
+        alive: Callable[[npt.NDArray[Any]], Mask] | None = None,
+        dtype: npt.DTypeLike = np.int64,
+    ) -> None:
         self._alive = alive
+        self._none = np.empty(0, dtype)
         self._levels: list[_Level] = []
 
     def __len__(self) -> int:
@@ -50,16 +57,16 @@ class KeyTable:
         """Bytes of memory that the table takes."""
         return sum(level.keys.nbytes + level.values.nbytes for level in self._levels)
 
-    def all(self) -> tuple[Keys, Int64s]:
+    def all(self) -> tuple[Keys, npt.NDArray[Any]]:
         """Return all keys and their numbers, in no order; of this instant."""
         return (
             np.concatenate([np.empty(0, np.uint64), *(level.keys for level in self._levels)]),
-            np.concatenate([np.empty(0, np.int64), *(level.values for level in self._levels)]),
+            np.concatenate([self._none, *(level.values for level in self._levels)]),
         )
 
-    def find(self, keys: Keys) -> tuple[Int64s, Int64s]:
+    def find(self, keys: Keys) -> tuple[Int64s, npt.NDArray[Any]]:
         """Return all entries with these keys: which of the keys, ascending, and the number."""
-        places, values = [np.empty(0, np.int64)], [np.empty(0, np.int64)]
+        places, values = [np.empty(0, np.int64)], [self._none]
         for level in self._levels:
             first = np.searchsorted(level.keys, keys)
             here = np.flatnonzero(level.keys.take(first, mode="clip") == keys)
@@ -79,7 +86,7 @@ class KeyTable:
                 yield int(level.values[at])
                 at += 1
 
-    def add(self, keys: Keys, values: Int64s) -> None:
+    def add(self, keys: Keys, values: npt.NDArray[Any]) -> None:
         """Enter numbers that are not in the table."""
         while self._levels and self._levels[-1].keys.size < 2 * keys.size:
             level = self._levels.pop()

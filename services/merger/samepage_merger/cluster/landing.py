@@ -1,8 +1,9 @@
 """Puts the pages of another host's arena where they belong: maps what is here, fetches the rest.
 
-Theory. Pages come in any number at a time, and are away already: whoever touches one waits. They
-are cut into chunks, a few of which are under way at once, so that one is fetched while another is
-looked up and a third is mapped. For each chunk
+Theory. Pages come in any number at a time. Either they are away already, so that whoever touches
+one waits, or they are absent in an arena that nobody knows. They are cut into chunks, a few of
+which are under way at once, so that one is fetched while another is looked up and a third is
+mapped. For each chunk
 1. what this host's store has is found by digest, and mapped: no byte is moved, and each is read
    once, to check the digest;
 2. what other arenas of this host have is given slots, and mapped too;
@@ -106,12 +107,14 @@ class Landing:
 
     Args:
         holder: the host that surely has all of it.
+        fresh: nobody knows the arena yet, and its pages are absent. Else they are away by the time
+            that they are taken.
 
     Attributes:
         mapped, fetched: pages that were here already, and that came.
     """
 
-    def __init__(self, tools: Tools, arena: Arena, holder: str) -> None:
+    def __init__(self, tools: Tools, arena: Arena, holder: str, *, fresh: bool = False) -> None:
         self.mapped = 0
         self.fetched = 0
         self._orders = tools.orders
@@ -121,12 +124,13 @@ class Landing:
         self._fetcher = tools.fetcher
         self._arena = arena
         self._holder = holder
+        self._fresh = fresh
         self._places = asyncio.Semaphore(_CHUNKS_AT_ONCE)
         self._flying: dict[asyncio.Task[None], Keys] = {}
         self._failed: BaseException | None = None
 
     async def take(self, chunk: Chunk, landed: Landed = _nobody) -> None:
-        """Land pages that are away by now; returns when there is room for more.
+        """Land pages; returns when there is room for more.
 
         Args:
             landed: called when they have landed, or never will; one that is told takes CHUNK_PAGES
@@ -198,6 +202,24 @@ class Landing:
             await asyncio.wait(awaited)
             await self._fetch_all(await self._map_local(chunk[wait]))
 
+    async def map_slots(self, pages: Int64s, slots: Int64s) -> None:
+        """Let pages map slots that this host has, and that are held.
+
+        Raises:
+            RefusedError: there is no memory for it, or the agent does not do it.
+        """
+        if not pages.size:
+            return
+        granted = self._headroom.take(pages.size)
+        try:
+            if granted < pages.size:
+                raise RefusedError(errno.ENOMEM, _NO_HEADROOM)
+            await self._map(pages, slots)
+        finally:
+            self._headroom.give_back(granted)
+        self.mapped += pages.size
+        failpoint("clone.mapped")
+
     async def _map_local(self, chunk: Chunk) -> Chunk:
         """Map what this host has; return the rest."""
         domain = self._arena.domain
@@ -205,16 +227,7 @@ class Landing:
             here = slots != PRIVATE
             if not here.any():
                 return chunk
-            wanted = int(np.count_nonzero(here))
-            granted = self._headroom.take(wanted)
-            try:
-                if granted < wanted:
-                    raise RefusedError(errno.ENOMEM, _NO_HEADROOM)
-                await self._map(chunk.pages[here], slots[here])
-            finally:
-                self._headroom.give_back(granted)
-        self.mapped += wanted
-        failpoint("clone.mapped")
+            await self.map_slots(chunk.pages[here], slots[here])
         return chunk[~here]
 
     async def _fetch_all(self, chunk: Chunk) -> None:
@@ -257,18 +270,40 @@ class Landing:
         self.fetched += chunk.pages.size
 
     async def _map(self, pages: Int64s, slots: Int64s) -> None:
-        """Let away pages map slots, which are held; those for which there is no mapping get bytes
-        of their own."""
+        """Let pages map slots, which are held; those for which there is no mapping get bytes of
+        their own."""
         chosen = self._mappings.longest(self._arena, pages, slots)
+        flags = wire.REPLACE_ABSENT if self._fresh else 0
         outcomes = np.full(pages.size, Outcome.NO_MAPPING, np.uint8)
-        outcomes[chosen] = await self._orders.replace(self._arena, pages[chosen], slots[chosen])
+        outcomes[chosen] = await self._orders.replace(
+            self._arena, pages[chosen], slots[chosen], flags
+        )
         left = np.flatnonzero(outcomes != Outcome.MERGED)
+        if self._fresh and left.size:
+            left = await self._map_away(pages, slots, outcomes, left)
         store = self._arena.domain.store
         for low in range(0, left.size, _FILL_PAGES):
             rows = left[low : low + _FILL_PAGES]
             rows = rows[self._arena.away.contains(pages[rows])]
             data = store.read_all(slots[rows])
             check(await self._orders.fill(self._arena, pages[rows], data))
+
+    async def _map_away(
+        self, pages: Int64s, slots: Int64s, outcomes: Outcomes, left: Indices
+    ) -> Indices:
+        """Make away what could not be mapped while it was absent, and map what there are mappings
+        for; return what is left. (An older agent maps only what is away, and so does this one what
+        mlockall() has filled.)"""
+        domain = self._arena.domain
+        absent = left[~self._arena.away.contains(pages[left])]
+        for low in range(0, absent.size, _FILL_PAGES):
+            rows = absent[low : low + _FILL_PAGES]
+            digests = await domain.digester.pages_apart(domain.store.read_all(slots[rows]))
+            check(await self._orders.away(self._arena, pages[rows], digests))
+        again = left[outcomes[left] != Outcome.NO_MAPPING]
+        outcomes[again] = await self._orders.replace(self._arena, pages[again], slots[again])
+        still: Indices = left[outcomes[left] != Outcome.MERGED]
+        return still
 
 
 def _not_sent(holder: str, missing: Missing) -> RefusedError:

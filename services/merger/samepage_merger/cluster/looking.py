@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -115,42 +117,47 @@ class Looker:
         if arena.state is not State.OPEN:
             raise no_answer(arena)
         digests = no_digests(pages.size)
+        prints = np.zeros((pages.size, FINGERPRINT_BYTES), np.uint8)
+        seed = self._domains.seed(arena.domain)
         away = arena.away.contains(pages)
         async with AsyncExitStack() as stack:
             if away.any():
                 digests[away] = arena.away.digests(pages[away])
                 slots = await self.bring_back(stack, arena, digests[away])
-                stored = np.frombuffer(arena.domain.store.read_all(slots), np.uint8)
+                stored = arena.domain.store.read_all(slots)
                 rows = np.flatnonzero(away)[slots != PRIVATE]
-                data[rows] = stored.reshape(-1, PAGE_SIZE)
-        await self._read_here(arena, pages, np.flatnonzero(~away), data, digests)
-        seed = self._domains.seed(arena.domain)
-        prints = await in_thread(
-            lambda: fingerprints(seed, data[: pages.size].reshape(-1).data), pages.size
-        )
+                data[rows] = np.frombuffer(stored, np.uint8).reshape(-1, PAGE_SIZE)
+                prints[rows] = fingerprints(seed, stored)
+
+        def hash_rows(rows: Indices) -> None:
+            found = data[index(rows)].reshape(-1).data
+            digests[index(rows)] = arena.domain.digester.pages(found)
+            prints[index(rows)] = fingerprints(seed, found)
+
+        await self._read_here(arena, pages, np.flatnonzero(~away), data, hash_rows)
         prints[are_zero(digests)] = 0
         return digests, prints
 
     async def _read_here(
-        self, arena: Arena, pages: Int64s, rows: Indices, data: Rows, digests: Digests
+        self,
+        arena: Arena,
+        pages: Int64s,
+        rows: Indices,
+        data: Rows,
+        hash_rows: Callable[[Indices], None],
     ) -> None:
         """Read those rows' pages from the arena; each part is hashed while the next is read."""
-        digester = arena.domain.digester
         hashing: list[asyncio.Future[None]] = []
 
         def keep(low: int, outcomes: Outcomes, window: memoryview) -> None:
             check_read(arena, outcomes)
             read = np.flatnonzero(outcomes == Outcome.MERGED)
-            if not read.size:
-                return
-            part = rows[low : low + outcomes.size][read]
-            pages_read = np.frombuffer(window, np.uint8).reshape(-1, PAGE_SIZE)
-            data[index(part)] = pages_read[index(read)]
-
-            def hash_part() -> None:
-                digests[part] = digester.pages(data[index(part)].reshape(-1).data)
-
-            hashing.append(asyncio.ensure_future(in_thread(hash_part, part.size)))
+            if read.size:
+                part = rows[low : low + outcomes.size][read]
+                pages_read = np.frombuffer(window, np.uint8).reshape(-1, PAGE_SIZE)
+                data[index(part)] = pages_read[index(read)]
+                hashed = in_thread(functools.partial(hash_rows, part), part.size)
+                hashing.append(asyncio.ensure_future(hashed))
 
         try:
             outcomes = await self._orders.read(arena, pages[rows], keep)
@@ -187,5 +194,5 @@ def check_read(arena: Arena, read: Outcomes) -> None:
     Raises:
         NoAnswerError: one was not.
     """
-    if not bool(np.isin(read, (Outcome.MERGED, Outcome.ABSENT)).all()):
+    if not bool(((read == Outcome.MERGED) | (read == Outcome.ABSENT)).all()):
         raise no_answer(arena)

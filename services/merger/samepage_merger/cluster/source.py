@@ -20,7 +20,7 @@ from samepage.v1 import pages_pb2, pages_pb2_grpc
 from samepage_merger.cluster.away import Digests, Mask, no_digests
 from samepage_merger.cluster.digests import Fingerprints
 from samepage_merger.cluster.groups import GROUP_PAGES
-from samepage_merger.cluster.landing import CHUNK_PAGES
+from samepage_merger.cluster.landing import CHUNK_PAGES, Chunk
 from samepage_merger.cluster.place import NOWHERE, Place, place_told
 from samepage_merger.domains import RefusedError
 from samepage_merger.runs import Int64s
@@ -141,28 +141,27 @@ class Snapshot:
         request = pages_pb2.FreezeRequest(snapshot_id=self.id, milliseconds=milliseconds)
         return self._stretches(self._stub.Freeze(request), milliseconds / 1000)
 
-    async def describe(self, stretch: Stretch, known: Mask, digests: Digests) -> Stretch:
-        """Return a stretch with what its pages are; of groups that are known, `digests` has it.
+    async def describe(self, stretch: Stretch, groups: Mask) -> Chunk:
+        """Return what the pages of some groups of a stretch are.
 
         Raises:
             RefusedError: as the protocol knows it.
         """
-        count = len(stretch.digests)
-        fingerprints = np.zeros((count, 16), np.uint8)
-        ask = np.repeat(~known, GROUP_PAGES)[:count]
-        digests = digests[:count]
-        if ask.any():
-            request = pages_pb2.DescribeRequest(
-                snapshot_id=self.id, first_page=stretch.first, groups=(~known).tobytes()
-            )
-            with told(self.host):
-                answer = await self._stub.Describe(request, timeout=IDLE_SECONDS)
-            asked = int(np.count_nonzero(ask))
-            if len(answer.digests) != 32 * asked or len(answer.fingerprints) != 16 * asked:
-                raise _nonsense(self.host)
-            digests[ask] = np.frombuffer(answer.digests, np.uint8).reshape(-1, 32)
-            fingerprints[ask] = np.frombuffer(answer.fingerprints, np.uint8).reshape(-1, 16)
-        return Stretch(stretch.first, digests, fingerprints, stretch.offered)
+        pages = stretch.pages[np.repeat(groups, GROUP_PAGES)[: len(stretch.digests)]]
+        if not pages.size:
+            return Chunk(pages, no_digests(), np.zeros((0, 16), np.uint8))
+        request = pages_pb2.DescribeRequest(
+            snapshot_id=self.id, first_page=stretch.first, groups=groups.tobytes()
+        )
+        with told(self.host):
+            answer = await self._stub.Describe(request, timeout=IDLE_SECONDS)
+        if (len(answer.digests), len(answer.fingerprints)) != (32 * pages.size, 16 * pages.size):
+            raise _nonsense(self.host)
+        return Chunk(
+            pages,
+            np.frombuffer(answer.digests, np.uint8).reshape(-1, 32),
+            np.frombuffer(answer.fingerprints, np.uint8).reshape(-1, 16),
+        )
 
     async def taken(self, first_page: int) -> None:
         """Tell that an offered stretch is here.
