@@ -200,6 +200,10 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
                 found=bytes(page is not None for page in found), pages=b"".join(pages)
             )
 
+    async def Connect(self, request: pb.ConnectRequest, context: Context) -> pb.ConnectResponse:
+        """It takes no data connections, as an older one."""
+        return pb.ConnectResponse()
+
     async def Hold(self, request: pb.HoldRequest, context: Context) -> pb.HoldResponse:
         """Nothing more than is held."""
         count = len(request.digests) // 32

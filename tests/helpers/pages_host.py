@@ -16,7 +16,9 @@ from helpers.merger_host import DOMAIN, SECRET, MergerHost, store_directory
 from samepage.daemon import secrets
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.v1 import index_pb2_grpc, pages_pb2_grpc, scanner_pb2_grpc
+from samepage_merger.cluster.answering import Answers
 from samepage_merger.cluster.away import Digests
+from samepage_merger.cluster.data_server import DataServer
 from samepage_merger.cluster.digests import (
     Digester,
     Fingerprints,
@@ -62,7 +64,13 @@ async def serve(add: Callable[[grpc.aio.Server], None]) -> tuple[grpc.aio.Server
 
 
 class PagesHost(MergerHost):
-    """One host: a merger, its Pages service, and a scanner that says what it is told to."""
+    """One host: a merger, its Pages service, and a scanner that says what it is told to.
+
+    Attributes:
+        data_connections: whether it takes them; set it before the start.
+    """
+
+    data_connections = True
 
     def __init__(self, name: str, directory: Path, store: Path, index: str) -> None:
         super().__init__(directory, store)
@@ -81,7 +89,11 @@ class PagesHost(MergerHost):
         self.snapshots = Snapshots(
             self.domains, self.orders, self.promoter, self.local, self.fetcher
         )
-        self.servicer = PagesServicer(self.domains, self.local, self.snapshots)
+        self.answers = Answers(self.domains, self.local, self.snapshots)
+        self.servicer = PagesServicer(self.domains, self.local, self.snapshots, self.answers)
+        self.data_server = DataServer(self.answers)
+        if self.data_connections:
+            self.servicer.data_port = await self.data_server.start("127.0.0.1:0")
         self.server, self.address = await serve(self.servicer.register)
         self._channel = grpc.aio.insecure_channel(self.address)
         self.pages = pages_pb2_grpc.PagesStub(self._channel)
@@ -90,6 +102,7 @@ class PagesHost(MergerHost):
         """End in order, or as kill -9 does."""
         await self._channel.close()
         self.servicer.drain()
+        await self.data_server.close()
         await self.server.stop(None)
         await self.hosts.close()
         await self._locator.close()
@@ -120,8 +133,9 @@ class PagesCluster:
         index: says who lives, and who has what.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, data_connections: bool = True) -> None:
         self._directory = directory
+        self._data_connections = data_connections
         self._stack = AsyncExitStack()
         self.index = FakeClusterIndex()  # type: ignore[abstract]
         self.hosts: dict[str, PagesHost] = {}
@@ -146,6 +160,7 @@ class PagesCluster:
         if name not in self._stores:
             self._stores[name] = self._stack.enter_context(store_directory())
         host = self.make_host(name, directory, self._stores[name], self._address)
+        host.data_connections = self._data_connections
         await host.start()
         self.hosts[name] = host
         self.index.hosts[name] = host.address
@@ -161,9 +176,11 @@ class PagesCluster:
 
 
 @asynccontextmanager
-async def pages_cluster(directory: Path, *names: str) -> AsyncIterator[PagesCluster]:
+async def pages_cluster(
+    directory: Path, *names: str, data_connections: bool = True
+) -> AsyncIterator[PagesCluster]:
     """A cluster with hosts of these names."""
-    async with PagesCluster(directory) as cluster:
+    async with PagesCluster(directory, data_connections=data_connections) as cluster:
         for name in names:
             await cluster.add(name)
         yield cluster

@@ -1,9 +1,10 @@
-"""Pages between two and more mergers, over real gRPC: fetching and holding."""
+"""Pages between two and more mergers, over data connections and over gRPC: fetching, holding."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,9 @@ from helpers.pages_host import (
 
 from samepage.daemon.wire import PAGE_SIZE
 from samepage.v1 import pages_pb2, pages_pb2_grpc
+from samepage_merger.cluster.answering import Answers
 from samepage_merger.cluster.away import Bytes
+from samepage_merger.cluster.data_server import DataServer
 from samepage_merger.cluster.digests import ZERO_DIGEST
 from samepage_merger.cluster.fetch import neighbourhood, widen
 from samepage_merger.runs import Indices
@@ -35,9 +38,15 @@ Pages = np.ndarray[Any, np.dtype[np.uint8]]
 Context = grpc.aio.ServicerContext[Any, Any]
 
 
+@pytest.fixture(params=[True, False], ids=["data", "grpc"])
+def data_connections(request: pytest.FixtureRequest) -> bool:
+    """Whether there are any; else everything goes over gRPC."""
+    return bool(request.param)
+
+
 @pytest.fixture
-async def cluster(tmp_path: Path) -> AsyncIterator[PagesCluster]:
-    async with pages_cluster(tmp_path, "a", "b", "c") as cluster:
+async def cluster(tmp_path: Path, data_connections: bool) -> AsyncIterator[PagesCluster]:
+    async with pages_cluster(tmp_path, "a", "b", "c", data_connections=data_connections) as cluster:
         yield cluster
 
 
@@ -66,6 +75,7 @@ class OddHolder(pages_pb2_grpc.PagesServicer):
             for digest, page in zip(digests_of(pages), pages, strict=True)
         }
         self.requests = 0
+        self.port = 0
         self.answer: Callable[[pages_pb2.FetchRequest], Awaitable[pages_pb2.FetchResponse]]
         self.answer = self.honest
 
@@ -83,16 +93,37 @@ class OddHolder(pages_pb2_grpc.PagesServicer):
             self.requests += 1
             yield await self.answer(request)
 
+    async def Connect(
+        self, request: pages_pb2.ConnectRequest, context: Context
+    ) -> pages_pb2.ConnectResponse:
+        return pages_pb2.ConnectResponse(port=self.port)
+
+
+class OddAnswers(Answers):
+    """What it sends over data connections."""
+
+    def __init__(self, holder: OddHolder) -> None:
+        self._holder = holder
+
+    @asynccontextmanager
+    async def answer(self, request: pages_pb2.FetchRequest) -> AsyncIterator[Sequence[Bytes]]:
+        self._holder.requests += 1
+        yield [(await self._holder.answer(request)).SerializeToString()]
+
 
 @pytest.fixture
-async def odd(cluster: PagesCluster) -> AsyncIterator[OddHolder]:
+async def odd(cluster: PagesCluster, data_connections: bool) -> AsyncIterator[OddHolder]:
     """A fourth host, "odd", that has the pages of random_pages(1000, 1)."""
     holder = OddHolder(random_pages(1000, 1))  # type: ignore[abstract]
+    data_server = DataServer(OddAnswers(holder))
+    if data_connections:
+        holder.port = await data_server.start("127.0.0.1:0")
     server, address = await serve(
         lambda server: pages_pb2_grpc.add_PagesServicer_to_server(holder, server)
     )
     cluster.index.hosts["odd"] = address
     yield holder
+    await data_server.close()
     await server.stop(None)
 
 
@@ -112,7 +143,7 @@ async def test_held_pages_are_fetched(cluster: PagesCluster) -> None:
     cluster.hosts["b"].keep(pages)
     assert await fetch(cluster.hosts["a"], pages, "b") == pages
     assert cluster.hosts["a"].fetcher.counts.fetched == 1000
-    assert cluster.hosts["b"].servicer.sent == 1000
+    assert cluster.hosts["b"].answers.sent == 1000
 
 
 async def test_several_holders_are_asked_at_once(cluster: PagesCluster) -> None:
@@ -120,7 +151,7 @@ async def test_several_holders_are_asked_at_once(cluster: PagesCluster) -> None:
     for name in "bc":
         cluster.hosts[name].keep(pages)
     assert await fetch(cluster.hosts["a"], pages, "b", "c") == pages
-    assert all(cluster.hosts[name].servicer.sent for name in "bc")
+    assert all(cluster.hosts[name].answers.sent for name in "bc")
 
 
 async def test_one_page(cluster: PagesCluster) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,8 @@ from samepage.cli import daemons
 from samepage.daemon.roles import Role
 from samepage.daemon.tls import Tls, open_channel
 from samepage.v1 import pages_pb2, pages_pb2_grpc
+from samepage_merger.cluster.connection import Connection
+from samepage_merger.cluster.fetched import Fetched, parse
 
 pytestmark = pytest.mark.needs("root", "userfaultfd", "move", "wp_tmpfs", "remap", "poison")
 
@@ -86,6 +90,30 @@ async def test_a_merger_is_let_in(cluster: Up, authority: Authority, folder: Pat
         answer = await pages_pb2_grpc.PagesStub(channel).Fetch(iter([request])).read()
         assert isinstance(answer, pages_pb2.FetchResponse)
         assert (answer.found, answer.pages) == (b"\0", b"")
+
+
+async def test_data_connections_are_for_mergers_alone(
+    cluster: Up, authority: Authority, folder: Path
+) -> None:
+    address = cluster.cluster.hosts[0].merger
+    merger = Tls(authority.role(folder / "callers", Role.MERGER))
+    async with open_channel(address, Role.MERGER, merger) as channel:
+        stub = pages_pb2_grpc.PagesStub(channel)
+        port = (await stub.Connect(pages_pb2.ConnectRequest())).port
+    request = pages_pb2.FetchRequest(domain_id=bytes(16), digests=bytes(32))
+    for role in (Role.MERGER, Role.SCANNER, Role.OPERATOR):
+        tls = Tls(authority.role(folder / "callers", role))
+        _, connection = await asyncio.get_running_loop().create_connection(
+            lambda: Connection(1 << 20),
+            address.rpartition(":")[0],
+            port,
+            ssl=tls.client_context(),
+            server_hostname=Role.MERGER.dns_name,
+        )
+        with contextlib.nullcontext() if role is Role.MERGER else pytest.raises(ConnectionError):
+            await connection.send([request.SerializeToString()])
+            assert parse(await connection.receive()) == Fetched(b"\0", memoryview(b""))
+        connection.close()
 
 
 def test_operators_on_a_host_need_no_certificate(cluster: Up) -> None:

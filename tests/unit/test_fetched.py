@@ -13,7 +13,7 @@ from samepage_merger.cluster import fetched
 @pytest.mark.parametrize("parts", [[], [b"a" * 127], [b"a" * 100, memoryview(b"b" * 100_000)]])
 def test_messages_are_protobuf(found: bytes, parts: list[bytes | memoryview]) -> None:
     pages = b"".join(parts)
-    packed = fetched.pack(found, parts)
+    packed = b"".join(fetched.pack(found, parts))
     assert FetchResponse.FromString(packed) == FetchResponse(found=found, pages=pages)
     for message in (packed, FetchResponse(found=found, pages=pages).SerializeToString()):
         parsed = fetched.parse(message)
@@ -22,12 +22,12 @@ def test_messages_are_protobuf(found: bytes, parts: list[bytes | memoryview]) ->
 
 def test_fields_of_a_later_version_are_passed_over() -> None:
     # Field 9, a number.
-    parsed = fetched.parse(b"\x48\x01" + fetched.pack(b"\1", [b"page"]))
+    parsed = fetched.parse(b"\x48\x01" + b"".join(fetched.pack(b"\1", [b"page"])))
     assert (parsed.found, bytes(parsed.pages)) == (b"\1", b"page")
 
 
 @pytest.mark.parametrize("cut", [1, 5, 200])
 def test_messages_that_are_cut_off_are_refused(cut: int) -> None:
-    message = fetched.pack(b"\1\0", [b"a" * 300])
+    message = b"".join(fetched.pack(b"\1\0", [b"a" * 300]))
     with pytest.raises(DecodeError):
         fetched.parse(message[:-cut])

@@ -12,9 +12,9 @@ from samepage.daemon import wire
 from samepage.daemon.metrics import counter, gauge, histogram
 from samepage_merger.agents import Agents
 from samepage_merger.arena import State
+from samepage_merger.cluster.answering import Answers
 from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.hosts import Hosts
-from samepage_merger.cluster.pages import PagesServicer
 from samepage_merger.domains import Domain, Domains
 from samepage_merger.merging import MergeEngine
 from samepage_merger.pairs import OUTCOME_NAMES
@@ -129,7 +129,7 @@ def _work(domains: list[Domain], agents: Agents, engine: MergeEngine) -> Iterabl
 
 
 def collect_cluster(
-    domains: Domains, hosts: Hosts, fetcher: Fetcher, pages: PagesServicer
+    domains: Domains, hosts: Hosts, fetcher: Fetcher, answers: Answers
 ) -> Iterable[Metric]:
     """Return what there is to tell of pages that cross hosts."""
     yield gauge(
@@ -137,7 +137,7 @@ def collect_cluster(
         "Pages that are held for other hosts, each as often as it is held.",
         sum(len(domain.holds) for domain in domains),
     )
-    yield counter("samepage_merger_sent_pages", "Pages sent to other hosts.", pages.sent)
+    yield counter("samepage_merger_sent_pages", "Pages sent to other hosts.", answers.sent)
     yield counter(
         "samepage_merger_fetched_pages",
         "Pages fetched from other hosts, and what their digests said.",
@@ -153,4 +153,9 @@ def collect_cluster(
         "samepage_merger_avoided_hosts",
         "Hosts that are asked for no pages now: they sent wrong ones, or did not answer.",
         sum(host.avoided for host in hosts.all()),
+    )
+    yield gauge(
+        "samepage_merger_unreachable_hosts",
+        "Hosts whose data connections cannot be reached: pages come from them over gRPC, slower.",
+        sum(host.unreachable for host in hosts.all()),
     )

@@ -31,7 +31,9 @@ from samepage_merger.accounts import Accountant
 from samepage_merger.agents import WINDOW_BYTES, Agents
 from samepage_merger.cluster import landing
 from samepage_merger.cluster import metrics as cluster_metrics
+from samepage_merger.cluster.answering import Answers
 from samepage_merger.cluster.clone import Clones, Services
+from samepage_merger.cluster.data_server import DataServer
 from samepage_merger.cluster.elsewhere import Elsewhere
 from samepage_merger.cluster.fetch import Fetcher
 from samepage_merger.cluster.handover import HandOvers
@@ -75,6 +77,7 @@ class MergerService:
         self._resources = contextlib.ExitStack()
         self._servicer: MergerServicer | None = None
         self._pages: PagesServicer | None = None
+        self._data_server: DataServer | None = None
         self._locator: Locator | None = None
         self._hosts: Hosts | None = None
         self._clones: Clones | None = None
@@ -110,6 +113,7 @@ class MergerService:
         Raises:
             ConfigError: the secret, the policy of identities or the socket directory will not do.
             StoreError: the store's directory will not do.
+            ListenError: data connections cannot be taken.
         """
         config = self._config
         _allow_many_agents()
@@ -136,7 +140,11 @@ class MergerService:
         promoter = Promoter(orders)
         local = Local(self._locator, promoter)
         snapshots = Snapshots(domains, orders, promoter, local, fetcher)
-        self._pages = PagesServicer(domains, local, snapshots)
+        answers = Answers(domains, local, snapshots)
+        self._pages = PagesServicer(domains, local, snapshots, answers)
+        self._data_server = DataServer(answers, tls)
+        if config.data_address:
+            self._pages.data_port = await self._data_server.start(config.data_address)
         self._elsewhere = Elsewhere(
             policies, domains, agents.find, orders, self._hosts, fetcher, secret
         )
@@ -171,11 +179,11 @@ class MergerService:
             self._elsewhere,
             self._handovers,
         )
-        hosts, pages, elsewhere = self._hosts, self._pages, self._elsewhere
+        hosts, elsewhere = self._hosts, self._elsewhere
         identity = self._identity
         self._collect = lambda: (
             *metrics.collect(domains, stores, agents, engine),
-            *metrics.collect_cluster(domains, hosts, fetcher, pages),
+            *metrics.collect_cluster(domains, hosts, fetcher, answers),
             *cluster_metrics.collect(elsewhere),
             *identity_metrics.collect(identity),
         )
@@ -204,12 +212,16 @@ class MergerService:
         """End the streams of other mergers; other calls in flight finish their steps."""
         if self._pages is not None:
             self._pages.drain()
+        if self._data_server is not None:
+            await self._data_server.close()
 
     async def close(self) -> None:
         """Let go of the agents, and of what no process maps."""
         if self._janitor is not None:
             self._janitor.cancel()
             await asyncio.wait({self._janitor})
+        if self._data_server is not None:
+            await self._data_server.close()
         if self._clones is not None:
             await self._clones.close()
         if self._handovers is not None:

@@ -168,6 +168,18 @@ class Tls:
         cert, key, ca = self._pem
         return grpc.ssl_channel_credentials(ca, key, cert)
 
+    def server_context(self) -> ssl.SSLContext:
+        """For one handshake of a server without gRPC; it takes no client without a certificate."""
+        self.refresh()
+        context = _context(ssl.PROTOCOL_TLS_SERVER, *self._pem)
+        context.verify_mode = ssl.CERT_REQUIRED
+        return context
+
+    def client_context(self) -> ssl.SSLContext:
+        """For one handshake of a client without gRPC; it needs the name of the server's role."""
+        self.refresh()
+        return _context(ssl.PROTOCOL_TLS_CLIENT, *self._pem)
+
     def _server_configuration(self) -> grpc.ServerCertificateConfiguration:
         cert, key, ca = self._pem
         return grpc.ssl_server_certificate_configuration([(key, cert)], ca)
@@ -244,25 +256,32 @@ def _read(files: TlsFiles) -> tuple[bytes, bytes, bytes]:
         ConfigError: they do not, or cannot be read.
     """
     cert, key, ca = (_read_file(path) for path in (files.cert, files.key, files.ca))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        _context(ssl.PROTOCOL_TLS_SERVER, cert, key)
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(
+            f"{files.cert} and {files.key} are not a certificate and its key, without a "
+            f"password, in PEM: {_why(error)}"
+        ) from error
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=ca.decode("ascii"))
+    except (ssl.SSLError, ValueError) as error:
+        raise ConfigError(f"{files.ca} holds no certificates in PEM: {_why(error)}") from error
+    return cert, key, ca
+
+
+def _context(side: int, cert: bytes, key: bytes, ca: bytes = b"") -> ssl.SSLContext:
+    context = ssl.SSLContext(side)
     # The ssl module takes a certificate from a path only. A memfd is one, and holds what was read.
     memory = os.memfd_create("samepage-tls", os.MFD_CLOEXEC)
     try:
         os.write(memory, key.rstrip() + b"\n" + cert)
-        try:
-            context.load_cert_chain(f"/proc/self/fd/{memory}", password=lambda: b"")
-        except (ssl.SSLError, ValueError) as error:
-            raise ConfigError(
-                f"{files.cert} and {files.key} are not a certificate and its key, without a "
-                f"password, in PEM: {_why(error)}"
-            ) from error
+        context.load_cert_chain(f"/proc/self/fd/{memory}", password=lambda: b"")
     finally:
         os.close(memory)
-    try:
+    if ca:
         context.load_verify_locations(cadata=ca.decode("ascii"))
-    except (ssl.SSLError, ValueError) as error:
-        raise ConfigError(f"{files.ca} holds no certificates in PEM: {_why(error)}") from error
-    return cert, key, ca
+    return context
 
 
 def _read_file(path: Path) -> bytes:

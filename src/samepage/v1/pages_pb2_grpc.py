@@ -49,6 +49,11 @@ class PagesStub:
                 request_serializer=samepage_dot_v1_dot_pages__pb2.FetchRequest.SerializeToString,
                 response_deserializer=samepage_dot_v1_dot_pages__pb2.FetchResponse.FromString,
                 _registered_method=True)
+        self.Connect = channel.unary_unary(
+                '/samepage.v1.Pages/Connect',
+                request_serializer=samepage_dot_v1_dot_pages__pb2.ConnectRequest.SerializeToString,
+                response_deserializer=samepage_dot_v1_dot_pages__pb2.ConnectResponse.FromString,
+                _registered_method=True)
         self.Snapshot = channel.unary_stream(
                 '/samepage.v1.Pages/Snapshot',
                 request_serializer=samepage_dot_v1_dot_pages__pb2.SnapshotRequest.SerializeToString,
@@ -118,7 +123,17 @@ class PagesServicer:
         """Send pages: one response a request, in order. A page is found by its digest among what is
         held, and by its fingerprint among what the host's arenas have, which is checked then; the
         receiver checks it all again.
-        Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
+        Errors: INVALID_ARGUMENT (lengths, more than 1024 pages; of older mergers: 512).
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Connect(self, request, context):
+        """Tell where the messages of Fetch are taken without gRPC around them: each behind its length, 4
+        bytes, little-endian; a response for each request, in order, and an end of the connection
+        instead of an error. It is over TLS where the merger's own address is, with the same
+        certificates and roles. Whoever cannot connect there calls Fetch.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -222,6 +237,11 @@ def add_PagesServicer_to_server(servicer, server):
                     request_deserializer=samepage_dot_v1_dot_pages__pb2.FetchRequest.FromString,
                     response_serializer=samepage_dot_v1_dot_pages__pb2.FetchResponse.SerializeToString,
             ),
+            'Connect': grpc.unary_unary_rpc_method_handler(
+                    servicer.Connect,
+                    request_deserializer=samepage_dot_v1_dot_pages__pb2.ConnectRequest.FromString,
+                    response_serializer=samepage_dot_v1_dot_pages__pb2.ConnectResponse.SerializeToString,
+            ),
             'Snapshot': grpc.unary_stream_rpc_method_handler(
                     servicer.Snapshot,
                     request_deserializer=samepage_dot_v1_dot_pages__pb2.SnapshotRequest.FromString,
@@ -310,6 +330,33 @@ class Pages:
             '/samepage.v1.Pages/Fetch',
             samepage_dot_v1_dot_pages__pb2.FetchRequest.SerializeToString,
             samepage_dot_v1_dot_pages__pb2.FetchResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Connect(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/samepage.v1.Pages/Connect',
+            samepage_dot_v1_dot_pages__pb2.ConnectRequest.SerializeToString,
+            samepage_dot_v1_dot_pages__pb2.ConnectResponse.FromString,
             options,
             channel_credentials,
             insecure,

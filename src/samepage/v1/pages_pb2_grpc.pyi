@@ -49,7 +49,13 @@ class PagesStub:
     """Send pages: one response a request, in order. A page is found by its digest among what is
     held, and by its fingerprint among what the host's arenas have, which is checked then; the
     receiver checks it all again.
-    Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
+    Errors: INVALID_ARGUMENT (lengths, more than 1024 pages; of older mergers: 512).
+    """
+    Connect: _grpc.UnaryUnaryMultiCallable[_pages_pb2.ConnectRequest, _pages_pb2.ConnectResponse]
+    """Tell where the messages of Fetch are taken without gRPC around them: each behind its length, 4
+    bytes, little-endian; a response for each request, in order, and an end of the connection
+    instead of an error. It is over TLS where the merger's own address is, with the same
+    certificates and roles. Whoever cannot connect there calls Fetch.
     """
     Snapshot: _grpc.UnaryStreamMultiCallable[_pages_pb2.SnapshotRequest, _pages_pb2.SnapshotResponse]
     """Freeze the bytes of an arena as they are now, page by page, and hold them for the caller. The
@@ -120,7 +126,13 @@ class PagesAsyncStub(PagesStub):
     """Send pages: one response a request, in order. A page is found by its digest among what is
     held, and by its fingerprint among what the host's arenas have, which is checked then; the
     receiver checks it all again.
-    Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
+    Errors: INVALID_ARGUMENT (lengths, more than 1024 pages; of older mergers: 512).
+    """
+    Connect: _aio.UnaryUnaryMultiCallable[_pages_pb2.ConnectRequest, _pages_pb2.ConnectResponse]  # type: ignore[assignment]
+    """Tell where the messages of Fetch are taken without gRPC around them: each behind its length, 4
+    bytes, little-endian; a response for each request, in order, and an end of the connection
+    instead of an error. It is over TLS where the merger's own address is, with the same
+    certificates and roles. Whoever cannot connect there calls Fetch.
     """
     Snapshot: _aio.UnaryStreamMultiCallable[_pages_pb2.SnapshotRequest, _pages_pb2.SnapshotResponse]  # type: ignore[assignment]
     """Freeze the bytes of an arena as they are now, page by page, and hold them for the caller. The
@@ -194,7 +206,19 @@ class PagesServicer(metaclass=_abc_1.ABCMeta):
         """Send pages: one response a request, in order. A page is found by its digest among what is
         held, and by its fingerprint among what the host's arenas have, which is checked then; the
         receiver checks it all again.
-        Errors: INVALID_ARGUMENT (lengths, more than 512 pages).
+        Errors: INVALID_ARGUMENT (lengths, more than 1024 pages; of older mergers: 512).
+        """
+
+    @_abc_1.abstractmethod
+    def Connect(
+        self,
+        request: _pages_pb2.ConnectRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_pages_pb2.ConnectResponse, _abc.Awaitable[_pages_pb2.ConnectResponse]]:
+        """Tell where the messages of Fetch are taken without gRPC around them: each behind its length, 4
+        bytes, little-endian; a response for each request, in order, and an end of the connection
+        instead of an error. It is over TLS where the merger's own address is, with the same
+        certificates and roles. Whoever cannot connect there calls Fetch.
         """
 
     @_abc_1.abstractmethod

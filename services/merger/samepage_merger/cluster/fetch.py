@@ -1,7 +1,7 @@
 """Fetches pages from other hosts by their digests, from several holders at a time.
 
-Theory. Pages are asked for in works of 512, eight at a time, so that what is in flight is 16 MiB at
-most. Each holder has a few works, so that some are hashed while others are on their way, and takes
+Theory. Pages are asked for in works of 1024, eight at a time, so that what is in flight is 32 MiB
+at most. Each holder has two works, so that one is hashed while the other is on its way, and takes
 the next when one is done: a slow holder simply gets fewer. When nothing is left that nobody was
 asked for, what a slow one still owes is asked of another as well, and the first answer counts. A
 holder that does not answer is left alone for a while, one whose pages do not have their digest for
@@ -33,9 +33,9 @@ from samepage_merger.cluster.hosts import Host, HostAwayError, Hosts
 from samepage_merger.domains import Domain
 from samepage_merger.runs import Indices
 
-WORK_PAGES = 512
+WORK_PAGES = 1024
 WORKS_AT_ONCE = 8
-WORKS_A_HOLDER = 4
+WORKS_A_HOLDER = 2
 #: Pages that one round deals with: what one lookup of the index takes.
 ROUND_PAGES = 1 << 16
 

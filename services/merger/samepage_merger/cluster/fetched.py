@@ -1,8 +1,8 @@
 """The answers of Pages.Fetch on the wire: as protobuf has them, but made and read without it.
 
 Protobuf copies what a field holds when the field is set, when the message is made and when it is
-parsed, and once more at every look at it; here pages are copied once, into the message that is
-sent, and are looked at where they came in.
+parsed, and once more at every look at it; here pages are sent from where they are, or copied once
+into a message of gRPC's, and are looked at where they came in.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class Fetched:
     pages: memoryview
 
 
-def pack(found: bytes, parts: Sequence[Bytes]) -> bytes:
-    """Return a FetchResponse whose pages are in parts."""
+def pack(found: bytes, parts: Sequence[Bytes]) -> list[Bytes]:
+    """Return a FetchResponse whose pages are in parts, in parts too."""
     size = sum(len(part) for part in parts)
-    heads = [bytes([_FOUND]) + _varint(len(found)) + found, bytes([_PAGES]) + _varint(size)]
-    return b"".join((*heads, *parts))
+    head = bytes([_FOUND]) + _varint(len(found)) + found + bytes([_PAGES]) + _varint(size)
+    return [head, *parts]
 
 
-def parse(message: bytes) -> Fetched:
+def parse(message: Bytes) -> Fetched:
     """Return what a FetchResponse says.
 
     Raises:
@@ -51,7 +51,7 @@ def parse(message: bytes) -> Fetched:
         size, at = _read_varint(view, at + 1)
         if tag not in fields or at + size > len(view):
             # Something that this version does not know, or nothing at all: protobuf can tell.
-            response = pages_pb2.FetchResponse.FromString(message)
+            response = pages_pb2.FetchResponse.FromString(bytes(message))
             return Fetched(response.found, memoryview(response.pages))
         fields[tag] = view[at : at + size]
         at += size

@@ -1,14 +1,13 @@
 """The other hosts' mergers: who there is, as the index says, and the way to each.
 
-Theory. A Fetch stream is kept open to each holder that is asked, so that one page costs one message
-each way. A stream carries one request at a time, and belongs to whoever waits for its answer; when
-that one is cancelled, or the answer is late, the stream ends with it. So an answer can never reach
-somebody else, and several requests at a time are several streams.
+Streams (streams.py) are kept open to each holder that was asked, so that one page costs one message
+each way.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Iterable
 
@@ -21,7 +20,8 @@ from samepage.daemon.tls import Channels, Tls
 from samepage.v1 import index_pb2, index_pb2_grpc, pages_pb2, pages_pb2_grpc
 from samepage_merger.cluster.away import Mask
 from samepage_merger.cluster.digests import Fingerprints
-from samepage_merger.cluster.fetched import METHOD, Fetched, parse
+from samepage_merger.cluster.fetched import Fetched
+from samepage_merger.cluster.streams import RESPONSE_MAX, FetchStream, StreamEndedError, Streams
 
 LOOKUP_MAX = 1 << 16
 
@@ -32,14 +32,12 @@ _AVOID_SECONDS = 300.0
 _REST_SECONDS = 0.5
 _REST_MAX_SECONDS = 10.0
 _OPTIONS = (
-    ("grpc.max_receive_message_length", 16 << 20),
+    ("grpc.max_receive_message_length", RESPONSE_MAX),
     # A response of 512 pages comes in one go, not in windows of 64 KiB.
     ("grpc.http2.lookahead_bytes", 4 << 20),
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 5_000),
 )
-
-Stream = grpc.aio.StreamStreamCall[pages_pb2.FetchRequest, Fetched]
 
 log = structlog.get_logger(__name__)
 
@@ -57,12 +55,13 @@ class Host:
         lies: pages it sent that did not have their digest.
     """
 
-    def __init__(self, name: str, address: str, channels: Channels) -> None:
+    def __init__(self, name: str, address: str, channels: Channels, tls: Tls | None = None) -> None:
         self.name = name
         self.address = address
         self.lies = 0
         self._channels = channels
-        self._idle: list[tuple[grpc.aio.Channel, Stream]] = []
+        self._streams = Streams(name, tls)
+        self._idle: list[tuple[grpc.aio.Channel, FetchStream]] = []
         self._avoided_until = 0.0
         self._rest = _REST_SECONDS
 
@@ -70,6 +69,11 @@ class Host:
     def avoided(self) -> bool:
         """Whether it lied, or did not answer, not long ago."""
         return time.monotonic() < self._avoided_until
+
+    @property
+    def unreachable(self) -> bool:
+        """Whether pages come over gRPC, since its data connections cannot be reached."""
+        return self._streams.unreachable
 
     @property
     def stub(self) -> pages_pb2_grpc.PagesAsyncStub:
@@ -112,46 +116,35 @@ class Host:
     def close(self) -> None:
         """End the streams."""
         while self._idle:
-            self._idle.pop()[1].cancel()
+            self._idle.pop()[1].close()
 
     async def _ask(self, channel: grpc.aio.Channel, request: pages_pb2.FetchRequest) -> Fetched:
         while self._idle:
             of, stream = self._idle.pop()
             if of is channel:
-                try:
+                # It may have ended while nobody used it, which says nothing of the host now.
+                with contextlib.suppress(StreamEndedError):
                     return await self._ask_on(channel, stream, request)
-                except (grpc.aio.AioRpcError, EOFError, asyncio.InvalidStateError):
-                    # It ended while nobody used it, which says nothing of the host as it is now.
-                    continue
-            stream.cancel()
-        fetch: grpc.aio.StreamStreamMultiCallable[pages_pb2.FetchRequest, Fetched]
-        fetch = channel.stream_stream(
-            METHOD, pages_pb2.FetchRequest.SerializeToString, response_deserializer=parse
-        )
-        stream = fetch()
+            else:
+                stream.close()
         try:
+            stream = await self._streams.open(channel, self.address)
             return await self._ask_on(channel, stream, request)
-        except EOFError:
-            raise self._away("it ended the stream") from None
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError) as error:
-            details = error.details() if isinstance(error, grpc.aio.AioRpcError) else None
-            raise self._away(details or str(error)) from error
+        except StreamEndedError as error:
+            raise self._away(error.args[0]) from error
 
     async def _ask_on(
-        self, channel: grpc.aio.Channel, stream: Stream, request: pages_pb2.FetchRequest
+        self, channel: grpc.aio.Channel, stream: FetchStream, request: pages_pb2.FetchRequest
     ) -> Fetched:
         answered = False
         try:
-            await stream.write(request)
-            response = await stream.read()
-            if not isinstance(response, Fetched):
-                raise EOFError
+            response = await stream.ask(request)
             answered = True
         finally:
             if answered and len(self._idle) < _STREAMS_KEPT:
                 self._idle.append((channel, stream))
             else:
-                stream.cancel()
+                stream.close()
         return response
 
     def _away(self, why: str) -> HostAwayError:
@@ -173,6 +166,7 @@ class Hosts:
     def __init__(self, own: str, index: str, tls: Tls | None = None) -> None:
         self.own = own
         self._index = index
+        self._tls = tls
         self._index_channels = Channels(Role.INDEX, tls, (("grpc.max_receive_message_length", -1),))
         self._channels = Channels(Role.MERGER, tls, _OPTIONS)
         self._hosts: dict[str, Host] = {}
@@ -260,7 +254,7 @@ class Hosts:
                 continue
             host = self._hosts.get(each.name)
             if host is None:
-                host = Host(each.name, each.merger_address, self._channels)
+                host = Host(each.name, each.merger_address, self._channels, self._tls)
                 self._hosts[each.name] = host
             elif host.address != each.merger_address:
                 host.close()

@@ -8,7 +8,8 @@ bytes from there. There are few buffers; who reads on waits until the owner has 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +31,7 @@ _OFFERS_MAX = 2
 Rows = npt.NDArray[np.uint8]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Offer:
     """One stretch.
 
@@ -38,6 +39,7 @@ class _Offer:
         fingerprints: as many as digests.
         keys: of its digests, ascending; those of zeros are left out.
         rows: which page each of these is.
+        readers: who looks at its data now.
     """
 
     digests: Digests
@@ -45,6 +47,7 @@ class _Offer:
     data: Rows
     keys: Keys
     rows: Indices
+    readers: int = 0
 
     def find(self, digests: Digests) -> Indices | None:
         """Return which pages have these digests, None unless all are here."""
@@ -53,6 +56,12 @@ class _Offer:
         at = np.searchsorted(self.keys, keys_of(digests))
         rows = self.rows[np.minimum(at, self.keys.size - 1)]
         return rows if bool(equal(self.digests[rows], digests).all()) else None
+
+    def parts(self, rows: Indices) -> Sequence[Bytes]:
+        """Return pages, those that follow each other as one."""
+        first, count = join(rows)
+        runs = zip(first.tolist(), count.tolist(), strict=True)
+        return [self.data[row : row + pages].reshape(-1).data for row, pages in runs]
 
 
 def stretch_end(first: int, pages: int) -> int:
@@ -88,7 +97,9 @@ class Offers:
         """Offer a stretch no longer; one that is not offered is no error."""
         offer = self._offers.pop(first, None)
         if offer is not None:
-            self._buffers.append(offer.data)
+            # Whoever still reads there must not see what comes next.
+            if not offer.readers:
+                self._buffers.append(offer.data)
             self._places.release()
 
     def describe(self, first: int) -> tuple[Digests, Fingerprints] | None:
@@ -106,15 +117,19 @@ class Offers:
         self._offers.clear()
         self._buffers.clear()
 
-    def find(self, digests: Digests) -> Sequence[Bytes] | None:
-        """Return the pages with these digests, in order and in parts, if one stretch has them all.
+    @contextmanager
+    def find(self, digests: Digests) -> Iterator[Sequence[Bytes] | None]:
+        """Give the pages with these digests, in order and in parts, if one stretch has them all.
 
-        The parts are for as long as the stretch is offered.
+        The parts stay as they are for as long as the block runs.
         """
         for offer in self._offers.values():
             rows = offer.find(digests)
             if rows is not None:
-                first, count = join(rows)
-                runs = zip(first.tolist(), count.tolist(), strict=True)
-                return [offer.data[row : row + pages].reshape(-1).data for row, pages in runs]
-        return None
+                offer.readers += 1
+                try:
+                    yield offer.parts(rows)
+                finally:
+                    offer.readers -= 1
+                return
+        yield None

@@ -13,18 +13,10 @@ import grpc
 import numpy as np
 
 from samepage.daemon.failpoints import failpoint
-from samepage.daemon.secrets import DOMAIN_ID_BYTES
-from samepage.daemon.wire import DIGEST_BYTES
 from samepage.v1 import pages_pb2, pages_pb2_grpc
 from samepage_merger.cluster import fetched
-from samepage_merger.cluster.away import Digests
-from samepage_merger.cluster.digests import (
-    FINGERPRINT_BYTES,
-    Fingerprints,
-    are_zero,
-    parse_digests,
-    parse_fingerprints,
-)
+from samepage_merger.cluster.answering import Answers
+from samepage_merger.cluster.digests import are_zero
 from samepage_merger.cluster.groups import GROUP_PAGES, group_digests
 from samepage_merger.cluster.holds import owner_of
 from samepage_merger.cluster.hosts import HostAwayError
@@ -33,6 +25,7 @@ from samepage_merger.cluster.keys import keys_of
 from samepage_merger.cluster.local import Local
 from samepage_merger.cluster.place import place_told
 from samepage_merger.cluster.process import identify
+from samepage_merger.cluster.requests import BadRequestError, check_domain, checked
 from samepage_merger.cluster.snapshot_errors import (
     EndedError,
     NoAnswerError,
@@ -45,16 +38,11 @@ from samepage_merger.domains import Domains
 from samepage_merger.pagemap import PRIVATE
 from samepage_merger.store import STORE_ID_BYTES, StoreFullError
 
-FETCH_MAX = 512
 HOLD_MAX = 4096
 
 _HOST = re.compile(r"[A-Za-z0-9._-]{1,253}")
 
 Context = grpc.aio.ServicerContext[Any, Any]
-
-
-class BadRequestError(Exception):
-    """INVALID_ARGUMENT, and why."""
 
 
 _FULL = "the store has no room for it: free some memory, or raise store_limit_bytes"
@@ -74,16 +62,19 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     """Serves samepage.v1.Pages.
 
     Attributes:
-        sent: pages sent so far.
+        data_port: where data connections are taken; 0: nowhere.
         keeper: looks after what other hosts hold for this one; None where nobody does.
     """
 
-    def __init__(self, domains: Domains, local: Local, snapshots: Snapshots) -> None:
+    def __init__(
+        self, domains: Domains, local: Local, snapshots: Snapshots, answers: Answers
+    ) -> None:
         self._domains = domains
         self._local = local
         self._snapshots = snapshots
+        self._answers = answers
         self._streams: set[asyncio.Task[Any]] = set()
-        self.sent = 0
+        self.data_port = 0
         self.keeper: Keeper | None = None
 
     def drain(self) -> None:
@@ -110,41 +101,26 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
         self._streams.add(stream)
         try:
             async for request in request_iterator:
-                yield await self._fetched(request)
+                async with self._answers.answer(request) as parts:
+                    message = b"".join(parts)
+                yield message
         except BadRequestError as error:
             await _abort(context, str(error))
         finally:
             self._streams.discard(stream)
 
-    async def _fetched(self, request: pages_pb2.FetchRequest) -> bytes:
-        domain = self._domains.find(request.domain_id)
-        if len(request.digests) == DIGEST_BYTES and domain is not None:
-            # Somebody waits for it: no arrays, and no thread.
-            page = domain.catalog.page(request.digests)
-            if page is not None and any(request.digests):
-                self.sent += 1
-                return fetched.pack(b"\1", [page])
-        digests, fingerprints = _checked(
-            request.domain_id, request.digests, request.fingerprints, FETCH_MAX
-        )
-        if domain is None:
-            return fetched.pack(bytes(len(digests)), [])
-        offered = self._snapshots.offered(domain, digests)
-        if offered is not None:
-            found = np.ones(len(digests), np.bool_)
-        else:
-            found, pages = await self._local.pages(domain, digests, fingerprints)
-            offered = [pages]
-        self.sent += int(np.count_nonzero(found))
-        failpoint("pages.found")
-        return fetched.pack(found.tobytes(), offered)
+    async def Connect(
+        self, request: pages_pb2.ConnectRequest, context: Context
+    ) -> pages_pb2.ConnectResponse:
+        """Tell where data connections are taken."""
+        return pages_pb2.ConnectResponse(port=self.data_port)
 
     async def Hold(
         self, request: pages_pb2.HoldRequest, context: Context
     ) -> pages_pb2.HoldResponse:
         """Keep pages for another host."""
         try:
-            digests, fingerprints = _checked(
+            digests, fingerprints = checked(
                 request.domain_id, request.digests, request.fingerprints, HOLD_MAX
             )
             owner, seconds = _owner(request.owner, request.store_id), _lease(request.lease_ms)
@@ -191,7 +167,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> pages_pb2.ReleaseResponse:
         """Keep pages no longer."""
         try:
-            digests, _ = _checked(request.domain_id, request.digests, b"", HOLD_MAX)
+            digests, _ = checked(request.domain_id, request.digests, b"", HOLD_MAX)
             owner = _owner(request.owner, request.store_id)
         except BadRequestError as error:
             await _abort(context, str(error))
@@ -211,7 +187,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
     ) -> pages_pb2.LetGoResponse:
         """Say what a holder may let go of, as soon as it may."""
         try:
-            digests, _ = _checked(request.domain_id, request.digests, b"", HOLD_MAX)
+            digests, _ = checked(request.domain_id, request.digests, b"", HOLD_MAX)
             holder = _owner(request.holder)
         except BadRequestError as error:
             await _abort(context, str(error))
@@ -233,7 +209,7 @@ class PagesServicer(pages_pb2_grpc.PagesServicer):
             if request.snapshot_id:
                 snapshot = self._snapshots.find(request.snapshot_id, seconds)
             else:
-                _check_domain(request.domain_id)
+                check_domain(request.domain_id)
                 snapshot = self._snapshots.begin(
                     request.domain_id, request.arena, owner, seconds, offer=request.offer
                 )
@@ -342,33 +318,6 @@ async def _responses(
             response.digests = stretch.digests.tobytes()
             response.fingerprints = stretch.fingerprints.tobytes()
         yield response
-
-
-def _check_domain(domain_id: bytes) -> None:
-    if len(domain_id) != DOMAIN_ID_BYTES:
-        raise BadRequestError(f"domain_id has {len(domain_id)} bytes instead of {DOMAIN_ID_BYTES}")
-
-
-def _checked(
-    domain_id: bytes, digests: bytes, fingerprints: bytes, most: int
-) -> tuple[Digests, Fingerprints]:
-    """Return the digests and fingerprints of a request.
-
-    Raises:
-        BadRequestError: a length is wrong.
-    """
-    _check_domain(domain_id)
-    count, rest = divmod(len(digests), DIGEST_BYTES)
-    if rest or not 1 <= count <= most:
-        raise BadRequestError(
-            f"digests has {len(digests)} bytes: give 1 to {most}, of {DIGEST_BYTES} bytes each"
-        )
-    if fingerprints and len(fingerprints) != count * FINGERPRINT_BYTES:
-        raise BadRequestError(
-            f"fingerprints has {len(fingerprints)} bytes: give one of {FINGERPRINT_BYTES} bytes"
-            f" for each of the {count} digests, or none at all"
-        )
-    return parse_digests(digests), parse_fingerprints(fingerprints)
 
 
 def _owner(name: str, store_id: bytes = b"") -> str:

@@ -25,7 +25,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -183,17 +183,20 @@ class Snapshots:
             async for stretch in stretches:
                 yield stretch
 
-    def offered(self, domain: Domain, digests: Digests) -> Sequence[Bytes] | None:
-        """Return pages that one stretch offers, in order and in parts; None unless it has all.
+    @contextmanager
+    def offered(self, domain: Domain, digests: Digests) -> Iterator[Sequence[Bytes] | None]:
+        """Give pages that one stretch offers, in order and in parts; None unless it has all.
 
-        The parts are good until the caller awaits something.
+        The parts stay as they are for as long as the block runs.
         """
-        for snapshot in self._snapshots.values():
-            if snapshot.offers is not None and snapshot.arena.domain is domain:
-                pages = snapshot.offers.find(digests)
-                if pages is not None:
-                    return pages
-        return None
+        with ExitStack() as stack:
+            for snapshot in self._snapshots.values():
+                if snapshot.offers is not None and snapshot.arena.domain is domain:
+                    pages = stack.enter_context(snapshot.offers.find(digests))
+                    if pages is not None:
+                        yield pages
+                        return
+            yield None
 
     async def freeze(self, snapshot: Snapshot, milliseconds: int) -> AsyncGenerator[Stretch, None]:
         """Stop the writers for so long at most, and yield what was written since the last time.
