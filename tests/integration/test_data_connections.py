@@ -21,6 +21,7 @@ from helpers.pages_host import (
 
 from samepage.daemon.server import ListenError
 from samepage.v1 import pages_pb2
+from samepage_merger.cluster import streams
 from samepage_merger.cluster.answering import FETCH_MAX
 from samepage_merger.cluster.streams import DataStream, FetchStream, GrpcStream
 
@@ -86,6 +87,21 @@ async def test_a_port_that_nobody_lets_through_is_told_and_pages_come_over_grpc(
     assert isinstance(way, GrpcStream)
     (other,) = cluster.hosts["a"].hosts.known(["b"])
     assert other.unreachable and not other.avoided
+
+
+async def test_data_connections_are_tried_again_after_a_while(
+    cluster: PagesCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(streams, "_REST_SECONDS", 0.0)
+    port = cluster.hosts["b"].servicer.data_port
+    cluster.hosts["b"].servicer.data_port = 0
+    await fetch_one(cluster.hosts["a"])
+    (way,) = ways(cluster.hosts["a"])
+    assert isinstance(way, GrpcStream)
+    cluster.hosts["b"].servicer.data_port = port
+    await fetch_one(cluster.hosts["a"])
+    (way,) = ways(cluster.hosts["a"])
+    assert isinstance(way, DataStream)
 
 
 @pytest.mark.parametrize(

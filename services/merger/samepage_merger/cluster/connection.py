@@ -1,11 +1,11 @@
 """A data connection: on it pages cross between mergers, in messages, each behind its length.
 
-Theory. gRPC takes 3.5 ms of processor time a MiB on both ends together, a socket 1.0
+Theory. gRPC takes 3.5 ms of processor time a MiB on both ends together, a socket 0.7
 (docs/decisions/0011-data-connections.md). So here bytes go from the socket straight into a buffer
-of the message's size, and to the socket straight from where they lie; with TLS they pass the ssl
-module on the way. There is one message at a time each way: while nobody takes the last one, nothing
-more is read. What is sent goes in slices, each of which waits until the one before has gone, since
-asyncio copies what a socket does not take at once.
+of the message's size, and to the socket straight from where they lie. There is one message at a
+time each way: while nobody takes the last one, nothing more is read. With TLS bytes pass the ssl
+module on the way; then they are sent in slices, each of which waits until the one before has gone,
+since asyncio copies what a socket does not take at once.
 """
 
 from __future__ import annotations

@@ -121,7 +121,7 @@ class Host:
     async def _ask(self, channel: grpc.aio.Channel, request: pages_pb2.FetchRequest) -> Fetched:
         while self._idle:
             of, stream = self._idle.pop()
-            if of is channel:
+            if of is channel and time.monotonic() < stream.until:
                 # It may have ended while nobody used it, which says nothing of the host now.
                 with contextlib.suppress(StreamEndedError):
                     return await self._ask_on(channel, stream, request)

@@ -8,6 +8,7 @@ somebody else, and several requests at a time are several streams.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Iterator
 from typing import Protocol
@@ -27,7 +28,7 @@ from samepage_merger.cluster.fetched import METHOD, Fetched, parse
 RESPONSE_MAX = 16 << 20
 _CALL_PAGES = 512
 _CONNECT_SECONDS = 2.0
-_REST_SECONDS = 30.0
+_REST_SECONDS = 300.0
 
 log = structlog.get_logger(__name__)
 
@@ -38,6 +39,10 @@ class StreamEndedError(Exception):
 
 class FetchStream(Protocol):
     """A way to a holder, for one request at a time."""
+
+    @property
+    def until(self) -> float:
+        """When to look for a better one (time.monotonic())."""
 
     async def ask(self, request: pages_pb2.FetchRequest) -> Fetched:
         """Ask for pages.
@@ -54,7 +59,8 @@ class GrpcStream:
     """A call of Fetch. At its other end may be an older merger: it is asked for a few pages at a
     time."""
 
-    def __init__(self, channel: grpc.aio.Channel) -> None:
+    def __init__(self, channel: grpc.aio.Channel, until: float) -> None:
+        self.until = until
         fetch: grpc.aio.StreamStreamMultiCallable[pages_pb2.FetchRequest, Fetched]
         fetch = channel.stream_stream(
             METHOD, pages_pb2.FetchRequest.SerializeToString, response_deserializer=parse
@@ -97,6 +103,8 @@ def _cut(request: pages_pb2.FetchRequest) -> Iterator[pages_pb2.FetchRequest]:
 
 class DataStream:
     """A data connection."""
+
+    until = math.inf
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -141,16 +149,17 @@ class Streams:
         Raises:
             StreamEndedError: the merger does not answer.
         """
-        return await self._data_stream(channel, address) or GrpcStream(channel)
+        stream = await self._data_stream(channel, address)
+        return stream or GrpcStream(channel, self._no_data_until)
 
     async def _data_stream(self, channel: grpc.aio.Channel, address: str) -> DataStream | None:
         """Return a data connection, or None for a while after there was none."""
         async with self._connecting:
             if time.monotonic() < self._no_data_until:
                 return None
-            # Whoever waits for too long for this goes on without.
-            self._no_data_until = time.monotonic() + _REST_SECONDS
             port = await self._port(channel)
+            # Whoever waits for this for too long goes on without.
+            self._no_data_until = time.monotonic() + _REST_SECONDS
             if port == 0:
                 return None
             host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
@@ -183,7 +192,6 @@ class Streams:
         except grpc.aio.AioRpcError as error:
             if error.code() is grpc.StatusCode.UNIMPLEMENTED:
                 return 0
-            self._no_data_until = 0.0
             raise StreamEndedError(error.details() or str(error.code())) from error
         return answer.port
 
