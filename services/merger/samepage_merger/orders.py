@@ -22,7 +22,7 @@ from samepage.daemon.peers import Apply, OrderRefusedError, Outcomes, PeerGoneEr
 from samepage.daemon.wire import Outcome
 from samepage_merger.arena import Arena, State
 from samepage_merger.cluster.away import Bytes, Digests
-from samepage_merger.runs import Int64s, join, join_extents
+from samepage_merger.runs import Int64s, is_run, join, join_extents
 from samepage_merger.sharers import FULL, fits
 
 #: Outcome of a page whose arena is gone, or of another domain.
@@ -372,6 +372,8 @@ def _pinned(arena: Arena, pages: Int64s, digests: Digests) -> tuple[Apply, Calla
 
 def _ranges(pages: Int64s) -> bytes:
     """Return ascending pages as ranges, as READ has them."""
+    if is_run(pages):
+        return wire.PAGE_RANGE.pack(int(pages[0]), pages.size)
     return np.stack(join(pages), axis=1).astype("<u8").tobytes()
 
 

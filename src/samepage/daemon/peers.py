@@ -207,7 +207,10 @@ class Peer:
         while self._queue:
             packet, descriptors = self._queue[0]
             try:
-                socket.send_fds(self._sock, [packet], list(descriptors))
+                if descriptors:
+                    socket.send_fds(self._sock, [packet], list(descriptors))
+                else:
+                    self._sock.send(packet)
             except BlockingIOError:
                 self._loop.add_writer(self._sock, self._flush)
                 return

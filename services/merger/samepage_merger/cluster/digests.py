@@ -46,15 +46,22 @@ def parse_fingerprints(packed: bytes) -> Fingerprints:
     return np.frombuffer(packed, np.uint8).reshape(-1, FINGERPRINT_BYTES)
 
 
+def words(digests: Digests) -> npt.NDArray[np.uint64]:
+    """Return digests as rows of 4 words, of which numpy compares several times as many bytes."""
+    return np.ascontiguousarray(digests).view(np.uint64)
+
+
 def are_zero(digests: Digests) -> Mask:
     """Return which digests stand for a page of zeros."""
-    zero: Mask = (digests == 0).all(axis=1)
+    first, second, third, fourth = words(digests).T
+    zero: Mask = (first | second | third | fourth) == 0
     return zero
 
 
 def equal(left: Digests, right: Digests) -> Mask:
     """Return where two arrays of the same length are equal."""
-    same: Mask = (left == right).all(axis=1)
+    first, second, third, fourth = (words(left) == words(right)).T
+    same: Mask = first & second & third & fourth
     return same
 
 

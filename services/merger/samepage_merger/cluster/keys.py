@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from samepage_merger.cluster.away import Digests, Mask
+from samepage_merger.cluster.digests import words
 from samepage_merger.runs import Int64s, expand
 
 Keys = npt.NDArray[np.uint64]
@@ -21,8 +22,23 @@ Keys = npt.NDArray[np.uint64]
 
 def keys_of(digests: Digests) -> Keys:
     """Return the first 8 bytes of each digest: a hint, that proves nothing."""
-    keys: Keys = np.ascontiguousarray(digests[:, :8]).view(np.uint64).reshape(-1)
+    keys: Keys = words(digests)[:, 0].copy()
     return keys
+
+
+def are_distinct(keys: Keys) -> bool:
+    """Return whether no key is there twice."""
+    ascending = np.sort(keys)
+    return not bool((ascending[1:] == ascending[:-1]).any())
+
+
+def are_among(keys: Keys, ascending: Keys) -> Mask:
+    """Return which keys are among others."""
+    if not ascending.size:
+        return np.zeros(keys.size, np.bool_)
+    at = np.searchsorted(ascending, keys)
+    among: Mask = ascending.take(at, mode="clip") == keys
+    return among
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +83,15 @@ class KeyTable:
     def find(self, keys: Keys) -> tuple[Int64s, npt.NDArray[Any]]:
         """Return all entries with these keys: which of the keys, ascending, and the number."""
         places, values = [np.empty(0, np.int64)], [self._none]
+        # What is close to each other is found in memory that was just looked at.
+        ascending = np.argsort(keys)
+        keys = keys[ascending]
         for level in self._levels:
             first = np.searchsorted(level.keys, keys)
             here = np.flatnonzero(level.keys.take(first, mode="clip") == keys)
             first = first[here]
             count = np.searchsorted(level.keys, keys[here], side="right") - first
-            places.append(np.repeat(here, count))
+            places.append(np.repeat(ascending[here], count))
             values.append(level.values[expand(first, count)])
         place, value = np.concatenate(places), np.concatenate(values)
         order = np.argsort(place, kind="stable")

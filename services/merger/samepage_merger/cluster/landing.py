@@ -33,7 +33,7 @@ from samepage_merger.arena import Arena
 from samepage_merger.cluster.away import Bytes, Digests, Mask
 from samepage_merger.cluster.digests import Fingerprints, in_thread
 from samepage_merger.cluster.fetch import Missing, Take
-from samepage_merger.cluster.keys import Keys, keys_of
+from samepage_merger.cluster.keys import Keys, are_among, are_distinct, keys_of
 from samepage_merger.domains import Domain, RefusedError
 from samepage_merger.headroom import Headroom
 from samepage_merger.mappings import MappingBudget
@@ -146,7 +146,7 @@ class Landing:
             task = asyncio.ensure_future(
                 self._land_and_tell(part, list(self._flying.items()), landed)
             )
-            self._flying[task] = keys_of(part.digests)
+            self._flying[task] = np.sort(keys_of(part.digests))
             task.add_done_callback(self._landed)
 
     async def finish(self) -> None:
@@ -193,7 +193,7 @@ class Landing:
         wait = np.zeros(chunk.pages.size, np.bool_)
         awaited = []
         for task, keys in before:
-            same = np.isin(keys_of(chunk.digests), keys)
+            same = are_among(keys_of(chunk.digests), keys)
             if same.any():
                 awaited.append(task)
                 wait |= same
@@ -329,7 +329,7 @@ def check(outcomes: Outcomes) -> None:
 
 def distinct(digests: Digests) -> tuple[Indices, Indices]:
     """Return where each digest is found first, ascending, and which of these each digest is."""
-    if np.unique(keys_of(digests)).size == len(digests):
+    if are_distinct(keys_of(digests)):
         every = np.arange(len(digests))
         return every, every
     whole = np.ascontiguousarray(digests).view("V32").reshape(-1)
