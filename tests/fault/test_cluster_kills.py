@@ -165,9 +165,14 @@ def test_killed_in_a_hold(cluster: World, name: str) -> None:
     held_by_another(cluster)
     held = cluster.arenas[-1]
     cluster.lay(name, "kill")
-    cluster.evict(held)
-    cluster.fetch(held)
-    cluster.await_acted(name)
+
+    def came_by() -> bool:
+        # What the index does not know yet to be held by the other host is spilled.
+        cluster.evict(held)
+        cluster.fetch(held)
+        return cluster.acted(name)
+
+    cluster.wait(came_by, f"nobody came by {name}")
 
 
 @pytest.mark.parametrize(
