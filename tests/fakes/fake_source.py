@@ -75,6 +75,7 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
     Attributes:
         kept: pages that are held by Hold, or since a snapshot was ended so.
         offers: whether it knows how to offer, and groups.
+        claims: set it, and it says that it offers what nobody asked it to offer.
         described: pages that Describe told of.
         sent: pages that were fetched.
         renewed: snapshots whose lease was renewed.
@@ -86,6 +87,7 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
         self.snapshots: dict[bytes, SourceSnapshot] = {}
         self.kept: dict[bytes, bytes] = {}
         self.offers = True
+        self.claims = False
         self.described = 0
         self.sent = 0
         self.renewed: set[bytes] = set()
@@ -251,6 +253,7 @@ class FakeSource(pages_pb2_grpc.PagesServicer):
                     response.groups = group_digests(self._digester, digests).tobytes()
                     response.group_pages = some.size
                 else:
+                    response.offered = self.claims
                     response.digests = digests.tobytes()
                     response.fingerprints = bytes(16 * some.size)
                 yield response

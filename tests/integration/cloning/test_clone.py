@@ -123,6 +123,15 @@ class TestClone:
         await until(lambda: not arena.away)
         assert arena.view() == source.arenas["there"].data.tobytes()
 
+    async def test_pages_of_a_lazy_clone_are_away_whatever_the_source_says(
+        self, host: CloningHost, source: FakeSource, agent: CloningAgent
+    ) -> None:
+        source.claims = True
+        arena = await agent.clone(wanted(lazy=True))
+        assert agent.told[-1] == (PAGES, 0, 0, PAGES - ZEROS, 0)
+        await until(lambda: not arena.away)
+        assert arena.view() == source.arenas["there"].data.tobytes()
+
     async def test_pages_that_cannot_be_mapped_are_filled(
         self, host: CloningHost, source: FakeSource, agent: CloningAgent
     ) -> None:

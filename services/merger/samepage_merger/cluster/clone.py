@@ -334,7 +334,7 @@ class Clone:
     async def _take_in(
         self, arena: Arena, snapshot: Snapshot, stretch: Stretch, landing: Landing
     ) -> None:
-        """Let the stretch's pages be away, and have them land."""
+        """Have the stretch's pages land; let them be away where somebody may look before."""
         if not len(stretch.digests):
             return
         chunk = Chunk(stretch.pages, stretch.digests, stretch.fingerprints)
@@ -344,12 +344,12 @@ class Clone:
         zero = are_zero(chunk.digests)
         self._zero += int(np.count_nonzero(zero))
         chunk = chunk[~zero]
-        if stretch.offered:
-            await landing.take(chunk, functools.partial(snapshot.taken, stretch.first))
-            return
-        check(await self._services.tools.orders.away(arena, chunk.pages, chunk.digests))
+        if not landing.fresh:
+            check(await self._services.tools.orders.away(arena, chunk.pages, chunk.digests))
         if self._wanted.lazy:
             self._lazy.append(chunk)
+        elif stretch.offered:
+            await landing.take(chunk, functools.partial(snapshot.taken, stretch.first))
         else:
             await landing.take(chunk)
 

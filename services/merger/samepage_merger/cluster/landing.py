@@ -107,10 +107,10 @@ class Landing:
 
     Args:
         holder: the host that surely has all of it.
-        fresh: nobody knows the arena yet, and its pages are absent. Else they are away by the time
-            that they are taken.
 
     Attributes:
+        fresh: nobody knows the arena yet, and its pages are absent. Else they are away by the time
+            that they are taken.
         mapped, fetched: pages that were here already, and that came.
     """
 
@@ -124,7 +124,7 @@ class Landing:
         self._fetcher = tools.fetcher
         self._arena = arena
         self._holder = holder
-        self._fresh = fresh
+        self.fresh = fresh
         self._places = asyncio.Semaphore(_CHUNKS_AT_ONCE)
         self._flying: dict[asyncio.Task[None], Keys] = {}
         self._failed: BaseException | None = None
@@ -273,13 +273,13 @@ class Landing:
         """Let pages map slots, which are held; those for which there is no mapping get bytes of
         their own."""
         chosen = self._mappings.longest(self._arena, pages, slots)
-        flags = wire.REPLACE_ABSENT if self._fresh else 0
+        flags = wire.REPLACE_ABSENT if self.fresh else 0
         outcomes = np.full(pages.size, Outcome.NO_MAPPING, np.uint8)
         outcomes[chosen] = await self._orders.replace(
             self._arena, pages[chosen], slots[chosen], flags
         )
         left = np.flatnonzero(outcomes != Outcome.MERGED)
-        if self._fresh and left.size:
+        if self.fresh and left.size:
             left = await self._map_away(pages, slots, outcomes, left)
         store = self._arena.domain.store
         for low in range(0, left.size, _FILL_PAGES):
@@ -295,9 +295,8 @@ class Landing:
         for; return what is left. (An older agent maps only what is away, and so does this one what
         mlockall() has filled.)"""
         domain = self._arena.domain
-        absent = left[~self._arena.away.contains(pages[left])]
-        for low in range(0, absent.size, _FILL_PAGES):
-            rows = absent[low : low + _FILL_PAGES]
+        for low in range(0, left.size, _FILL_PAGES):
+            rows = left[low : low + _FILL_PAGES]
             digests = await domain.digester.pages_apart(domain.store.read_all(slots[rows]))
             check(await self._orders.away(self._arena, pages[rows], digests))
         again = left[outcomes[left] != Outcome.NO_MAPPING]
