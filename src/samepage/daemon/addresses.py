@@ -25,6 +25,11 @@ def check_listen(address: str) -> str:
     raise ConfigError(f"cannot listen on {address!r}: give host:port (port 0: any) or unix:/path")
 
 
+def host_of(address: str) -> str:
+    """The host of "host:port", an IPv6 address without its brackets."""
+    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+
+
 def is_local(address: str) -> bool:
     """Whether nobody but this machine is at the other end: a unix socket, or a loopback address.
 
@@ -32,7 +37,7 @@ def is_local(address: str) -> bool:
     """
     if address.startswith(UNIX):
         return True
-    host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+    host = host_of(address)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

@@ -67,6 +67,16 @@ def allowed(method: str) -> frozenset[Role]:
     return ALLOWED.get(name) or ALLOWED.get(name.partition("/")[0]) or frozenset()
 
 
+def refusal(method: str, names: set[str]) -> str | None:
+    """Why a caller whose certificate is for these DNS names may not call a method; None: it may."""
+    roles = allowed(method)
+    if not names.isdisjoint(role.dns_name for role in roles):
+        return None
+    has = ", ".join(sorted(names)) or "no name"
+    takes = " or ".join(sorted(role.dns_name for role in roles)) or "nobody"
+    return f"{method} is for {takes}, and the caller's certificate is for {has}"
+
+
 class RoleGuard(grpc.aio.ServerInterceptor):
     """Refuses callers whose certificate is for none of the roles that may call a method."""
 
@@ -90,14 +100,13 @@ def _guarded(
         "_stream" if handler.response_streaming else "_unary"
     )
     behaviour = getattr(handler, kind)
-    roles = allowed(method)
 
     async def answer(request: Any, context: Context) -> Any:
-        await _check(roles, method, context)
+        await _check(method, context)
         return await behaviour(request, context)
 
     async def stream(request: Any, context: Context) -> AsyncIterator[Any]:
-        await _check(roles, method, context)
+        await _check(method, context)
         async for response in behaviour(request, context):
             yield response
 
@@ -110,14 +119,13 @@ def _guarded(
     return guarded
 
 
-async def _check(roles: frozenset[Role], method: str, context: Context) -> None:
+async def _check(method: str, context: Context) -> None:
     peer = context.auth_context()
     if b"ssl" not in peer.get("transport_security_type", ()):
         return
     names = {name.decode(errors="replace") for name in peer.get("peer_dns", ())}
-    if names.isdisjoint(role.dns_name for role in roles):
+    text = refusal(method, names)
+    if text is not None:
         has = ", ".join(sorted(names)) or "no name"
-        takes = " or ".join(sorted(role.dns_name for role in roles)) or "nobody"
-        text = f"{method} is for {takes}, and the caller's certificate is for {has}"
         log.warning("call refused", peer=context.peer(), method=method, names=has)
         await context.abort(grpc.StatusCode.PERMISSION_DENIED, text)

@@ -9,6 +9,7 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
+from samepage.daemon.addresses import host_of
 from samepage.daemon.config import ConfigError
 from samepage.daemon.files import look
 from samepage.daemon.server import ListenError
@@ -53,7 +54,7 @@ class WebhookServer:
         await self._runner.setup()
         site = web.TCPSite(
             self._runner,
-            host.removeprefix("[").removesuffix("]"),
+            host_of(listen),
             int(port),
             ssl_context=self._context,
         )

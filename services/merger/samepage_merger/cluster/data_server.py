@@ -13,7 +13,8 @@ from collections.abc import Coroutine
 import structlog
 from google.protobuf.message import DecodeError
 
-from samepage.daemon.roles import allowed
+from samepage.daemon.addresses import host_of
+from samepage.daemon.roles import refusal
 from samepage.daemon.server import ListenError
 from samepage.daemon.tls import Tls
 from samepage.v1 import pages_pb2
@@ -124,18 +125,17 @@ class DataServer:
             ssl_handshake_timeout=_HANDSHAKE_SECONDS if tls is not None else None,
         )
         if tls is not None:
-            names = _names(connection.extra("ssl_object"))
-            if names.isdisjoint(role.dns_name for role in allowed(METHOD)):
-                raise BadRequestError(f"the certificate is for {sorted(names)}")
+            text = refusal(METHOD, _names(connection.extra("ssl_object")))
+            if text is not None:
+                raise BadRequestError(text)
 
 
 async def _bind(listen: str) -> socket.socket:
-    host, _, port = listen.rpartition(":")
     loop = asyncio.get_running_loop()
     family, _, _, _, address = (
         await loop.getaddrinfo(
-            host.removeprefix("[").removesuffix("]"),
-            int(port),
+            host_of(listen),
+            int(listen.rpartition(":")[2]),
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
         )

@@ -130,9 +130,10 @@ class Looker:
                 prints[rows] = fingerprints(seed, stored)
 
         def hash_rows(rows: Indices) -> None:
-            found = data[index(rows)].reshape(-1).data
-            digests[index(rows)] = arena.domain.digester.pages(found)
-            prints[index(rows)] = fingerprints(seed, found)
+            at = index(rows)
+            found = data[at].reshape(-1).data
+            digests[at] = arena.domain.digester.pages(found)
+            prints[at] = fingerprints(seed, found)
 
         await self._read_here(arena, pages, np.flatnonzero(~away), data, hash_rows)
         prints[are_zero(digests)] = 0

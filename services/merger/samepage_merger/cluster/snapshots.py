@@ -25,7 +25,7 @@ import itertools
 import os
 import time
 from collections.abc import AsyncGenerator, Iterator, Sequence
-from contextlib import AsyncExitStack, ExitStack, aclosing, contextmanager
+from contextlib import AsyncExitStack, aclosing, contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -189,14 +189,13 @@ class Snapshots:
 
         The parts stay as they are for as long as the block runs.
         """
-        with ExitStack() as stack:
-            for snapshot in self._snapshots.values():
-                if snapshot.offers is not None and snapshot.arena.domain is domain:
-                    pages = stack.enter_context(snapshot.offers.find(digests))
+        for snapshot in self._snapshots.values():
+            if snapshot.offers is not None and snapshot.arena.domain is domain:
+                with snapshot.offers.find(digests) as pages:
                     if pages is not None:
                         yield pages
                         return
-            yield None
+        yield None
 
     async def freeze(self, snapshot: Snapshot, milliseconds: int) -> AsyncGenerator[Stretch, None]:
         """Stop the writers for so long at most, and yield what was written since the last time.

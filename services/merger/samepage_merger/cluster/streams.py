@@ -17,6 +17,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
+from samepage.daemon.addresses import host_of
 from samepage.daemon.roles import Role
 from samepage.daemon.tls import Tls
 from samepage.v1 import pages_pb2, pages_pb2_grpc
@@ -69,9 +70,9 @@ class GrpcStream:
 
     async def ask(self, request: pages_pb2.FetchRequest) -> Fetched:
         """See FetchStream."""
+        if len(request.digests) <= _CALL_PAGES * DIGEST_BYTES:
+            return await self._ask_some(request)
         parts = [await self._ask_some(part) for part in _cut(request)]
-        if len(parts) == 1:
-            return parts[0]
         pages = b"".join(part.pages for part in parts)
         return Fetched(b"".join(part.found for part in parts), memoryview(pages))
 
@@ -162,7 +163,7 @@ class Streams:
             self._no_data_until = time.monotonic() + _REST_SECONDS
             if port == 0:
                 return None
-            host = address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+            host = host_of(address)
             try:
                 async with asyncio.timeout(_CONNECT_SECONDS):
                     connection = await self._connect(host, port)
