@@ -251,6 +251,17 @@ class Served:
                     found.append((page, (last - first) // PAGE, int(inode), slot))
         return found
 
+    def run_threads(self, count: int) -> None:
+        """Run so many at once: their stacks and heaps stay mapped, for those that come later."""
+        import threading
+
+        together = threading.Barrier(count)
+        threads = [threading.Thread(target=together.wait) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
     def mapping_count(self) -> int:
         """How many mappings this process has."""
         with open("/proc/self/maps") as file:
