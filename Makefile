@@ -50,11 +50,13 @@ demo: $(STAMPS)/services native ## Two hosts on this machine share the memory of
 	@$(BIN)/samepage demo $(DEMO_ARGS)
 
 .PHONY: test
-test: $(STAMPS)/dev $(STAMPS)/system-test native native-test $(STAMPS)/checkov \
-    $(if $(GO),go-client $(STAMPS)/chart-tools) ## Run every test (PYTEST_ARGS="-k share" for some)
+test: $(STAMPS)/dev $(STAMPS)/system-test native native-test test-tools ## Run every test (PYTEST_ARGS="-k share" for some)
 	@echo "==> running the Python tests"
 	@tools/run-tests $(BIN)/python $(TEST_AGAIN) -n $(TEST_JOBS) --dist loadfile \
 	    --no-loadscope-reorder --max-worker-restart 0 $(PYTEST_ARGS)
+
+.PHONY: test-tools
+test-tools: $(STAMPS)/checkov $(if $(GO),go-client $(STAMPS)/chart-tools) ## Install the programs that tests use
 
 .PHONY: lint
 lint: $(STAMPS)/dev ## Check style (ruff)
@@ -177,21 +179,16 @@ chaos: $(STAMPS)/dev $(STAMPS)/system-test native ## Let hosts, links and servic
 .PHONY: kube-test
 kube-test: $(STAMPS)/system-kube $(STAMPS)/chart-tools local-images ## Install the chart on a real Kubernetes, and use it
 	@$(MAKE) $(KUBE_BINARIES)/kubernetes-built
+	@echo "==> the chart on a real Kubernetes, from $(KUBE_BINARIES)"
 	@SAMEPAGE_KUBE_BINARIES=$(KUBE_BINARIES) $(BIN)/python -m pytest tests/kube/test_kube.py $(PYTEST_ARGS)
 
 .PHONY: pods-test
 pods-test: $(STAMPS)/system-pods $(STAMPS)/chart-tools local-images ## Use the chart's pods without a control plane, by podman
+	@echo "==> the chart's pods, without a Kubernetes"
 	@$(BIN)/python -m pytest tests/kube/test_pods.py $(PYTEST_ARGS)
 
 .PHONY: kube-ci
-kube-ci: ## kube-test where its Kubernetes is built already, else pods-test
-	@if [ -e $(KUBE_BINARIES)/kubernetes-built ]; then \
-	    echo "==> Kubernetes is in $(KUBE_CACHE): running the whole story, kube-test"; \
-	    $(MAKE) kube-test; \
-	else \
-	    echo "==> no Kubernetes in $(KUBE_CACHE): running the short form, pods-test"; \
-	    $(MAKE) pods-test; \
-	fi
+kube-ci: $(if $(wildcard $(KUBE_BINARIES)/kubernetes-built),kube-test,pods-test) ## kube-test where its Kubernetes is built already, else pods-test
 
 .PHONY: build
 build: $(STAMPS)/dev ## Build the wheel and the source archive into dist/

@@ -62,7 +62,7 @@ class Model:
 @pytest.fixture
 def models(tmp_path: Path) -> Iterator[tuple[Up, list[Model]]]:
     with contextlib.ExitStack() as stack:
-        cluster = stack.enter_context(running(tmp_path / "cluster"))
+        cluster = stack.enter_context(running(tmp_path / "cluster", env={}))
         found = []
         for number in range(3):
             application = stack.enter_context(Application(cluster.host()))

@@ -432,6 +432,8 @@ def world(directory: Path, hosts: int, **settings: object) -> Iterator[World]:
     laid.mkdir()
     env = {f"SAMEPAGE_MERGER_{name.upper()}": str(value) for name, value in settings.items()}
     env[failpoints.VARIABLE] = str(laid)
+    # The index learns what stood still from one pass to the next.
+    env["SAMEPAGE_SCANNER_INTERVAL_SECONDS"] = "1"
     with running(directory / "up", hosts, "--netns", env=env) as up:
         made = World(up, laid, hosts)
         daemons = list(up.daemons().values())
