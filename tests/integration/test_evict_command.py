@@ -29,7 +29,11 @@ def samepage(directory: Path, *arguments: str) -> list[dict[str, Any]]:
 
 def test_a_merger_that_stops_lets_go_of_what_it_holds(tmp_path: Path) -> None:
     """The owner fetches it first, which is why the merger serves for a while longer."""
-    env = {"SAMEPAGE_MERGER_MIN_HOLDERS": "1", "SAMEPAGE_MERGER_HOLD_LEASE_SECONDS": "3600"}
+    env = {
+        "SAMEPAGE_MERGER_MIN_HOLDERS": "1",
+        "SAMEPAGE_MERGER_HOLD_LEASE_SECONDS": "3600",
+        "SAMEPAGE_SCANNER_INTERVAL_SECONDS": "1",
+    }
     with (
         running(tmp_path / "cluster", 2, env=env) as cluster,
         Application(cluster.host(1)) as owner,
