@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -56,3 +58,12 @@ def test_exceptions_are_in_the_line(capsys: pytest.CaptureFixture[str]) -> None:
 def test_unknown_level() -> None:
     with pytest.raises(ConfigError, match="log_level must be one of debug, info"):
         logs.configure("loud", "index", "")
+
+
+@pytest.mark.parametrize(
+    "daemon", ["samepage_index", "samepage_merger", "samepage_merger.holding", "samepage_scanner"]
+)
+def test_daemons_start_without_what_only_terminals_need(daemon: str) -> None:
+    code = f"import sys, {daemon}.__main__; print('rich' in sys.modules); import rich"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
