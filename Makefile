@@ -106,11 +106,11 @@ images: ## Build the container images, with buildah or docker (see tools/images)
 	@tools/images
 
 .PHONY: image-test
-image-test: local-images ## Build the images without a registry, and try them
+image-test: $(STAMPS)/dev local-images ## Build the images without a registry, and try them
 	@$(BIN)/python -m pytest tests/images $(PYTEST_ARGS)
 
 .PHONY: local-images
-local-images: $(STAMPS)/dev $(STAMPS)/system-images $(IMAGE_CACHE)/base.tar
+local-images: $(STAMPS)/system-images $(IMAGE_CACHE)/base.tar
 	@IMAGE_BASE_TAR=$(IMAGE_CACHE)/base.tar tools/images
 
 $(IMAGE_CACHE)/base.tar: tools/image-base | $(STAMPS)/system-images
@@ -149,7 +149,7 @@ native: $(STAMPS)/system-build ## Build libsamepage
 .PHONY: native-test
 native-test: $(STAMPS)/system-build ## Run the C library's own tests
 	@echo "==> running the C tests"
-	@$(MAKE) -C native --silent test | tee $(STAMPS)/native-test.log
+	@$(MAKE) -C native --silent --jobs=$(TEST_JOBS) test | tee $(STAMPS)/native-test.log
 	@if [ -n "$${SAMEPAGE_NO_SKIPS:-}" ] && grep -q '^SKIP' $(STAMPS)/native-test.log; then \
 	    $(PYTHON) tests/needs.py; fi
 
@@ -177,13 +177,13 @@ chaos: $(STAMPS)/dev $(STAMPS)/system-test native ## Let hosts, links and servic
 	    $(BIN)/python -m pytest -s tests/chaos $(PYTEST_ARGS)
 
 .PHONY: kube-test
-kube-test: $(STAMPS)/system-kube $(STAMPS)/chart-tools local-images ## Install the chart on a real Kubernetes, and use it
+kube-test: $(STAMPS)/dev $(STAMPS)/system-kube $(STAMPS)/chart-tools local-images ## Install the chart on a real Kubernetes, and use it
 	@$(MAKE) $(KUBE_BINARIES)/kubernetes-built
 	@echo "==> the chart on a real Kubernetes, from $(KUBE_BINARIES)"
 	@SAMEPAGE_KUBE_BINARIES=$(KUBE_BINARIES) $(BIN)/python -m pytest tests/kube/test_kube.py $(PYTEST_ARGS)
 
 .PHONY: pods-test
-pods-test: $(STAMPS)/system-pods $(STAMPS)/chart-tools local-images ## Use the chart's pods without a control plane, by podman
+pods-test: $(STAMPS)/dev $(STAMPS)/system-pods $(STAMPS)/chart-tools local-images ## Use the chart's pods without a control plane, by podman
 	@echo "==> the chart's pods, without a Kubernetes"
 	@$(BIN)/python -m pytest tests/kube/test_pods.py $(PYTEST_ARGS)
 

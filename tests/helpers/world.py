@@ -111,11 +111,10 @@ class World:
             self.kill_application(host)
 
     def settle(self) -> None:
-        """Wait until hosts reach each other: who was away is not asked again at once."""
+        """Wait until hosts reach each other and the index: who was away is not asked again at
+        once."""
         for one, other in itertools.permutations(self.hosts, 2):
-            source = self.create(one, 1)
-            for held in (self.clone("clone", source, other), source):
-                self.close(held)
+            self.close(self.clone("migrate", self.create(one, 1), other))
 
     def link(self, host: int | str) -> str:
         """The cable of a host, or of the index."""
