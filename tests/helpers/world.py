@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import pytest
 from application import PAGE, Application, ApplicationError, content
 from helpers.up import Up, descendants, running
 
@@ -111,10 +112,24 @@ class World:
             self.kill_application(host)
 
     def settle(self) -> None:
-        """Wait until hosts reach each other and the index: who was away is not asked again at
+        """Wait until hosts reach the index and each other: who was away is not asked again at
         once."""
+        for host in self.hosts:
+            self.wait(functools.partial(self._reaches_index, host), f"host-{host} has no index")
         for one, other in itertools.permutations(self.hosts, 2):
-            self.close(self.clone("migrate", self.create(one, 1), other))
+            source = self.create(one, 1)
+            for held in (self.clone("clone", source, other), source):
+                self.close(held)
+
+    def _reaches_index(self, host: int) -> bool:
+        """Whether its merger does: it has to ask about a host of which it has never heard."""
+        name = self.new_name()
+        with pytest.raises(ApplicationError) as raised:
+            self.application(host).call(
+                "clone", "clone_arena", "nobody/nothing", name, _CALL_SECONDS
+            )
+        self.may_pass(raised.value)
+        return raised.value.kind == "NotFoundError"
 
     def link(self, host: int | str) -> str:
         """The cable of a host, or of the index."""
