@@ -25,9 +25,10 @@ def check_listen(address: str) -> str:
     raise ConfigError(f"cannot listen on {address!r}: give host:port (port 0: any) or unix:/path")
 
 
-def host_of(address: str) -> str:
-    """The host of "host:port", an IPv6 address without its brackets."""
-    return address.rpartition(":")[0].removeprefix("[").removesuffix("]")
+def host_and_port(address: str) -> tuple[str, str]:
+    """Return the two sides of "host:port", an IPv6 address without its brackets."""
+    host, _, port = address.rpartition(":")
+    return host.removeprefix("[").removesuffix("]"), port
 
 
 def is_local(address: str) -> bool:
@@ -37,7 +38,7 @@ def is_local(address: str) -> bool:
     """
     if address.startswith(UNIX):
         return True
-    host = host_of(address)
+    host, _ = host_and_port(address)
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:

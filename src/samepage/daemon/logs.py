@@ -28,7 +28,7 @@ def _hidden(module: str) -> Iterator[None]:
         del sys.modules[module]
 
 
-# With it structlog draws tracebacks on a terminal: a seventh of a daemon's start, and 4 MiB.
+# With it structlog draws tracebacks on a terminal: a fifth of a daemon's start, and 4 MiB.
 with _hidden("rich"):
     import structlog
 

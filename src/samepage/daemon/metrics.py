@@ -24,7 +24,7 @@ from prometheus_client.core import (
 from prometheus_client.exposition import choose_encoder
 
 from samepage.daemon import logs
-from samepage.daemon.addresses import host_of
+from samepage.daemon.addresses import host_and_port
 from samepage.daemon.config import ConfigError
 
 PATH = "/metrics"
@@ -110,7 +110,7 @@ def split_address(address: str) -> tuple[str, int]:
     Raises:
         ConfigError: it is no such address.
     """
-    host, port = host_of(address), address.rpartition(":")[2]
+    host, port = host_and_port(address)
     if not (host and "/" not in host and port.isascii() and port.isdigit() and int(port) < 65536):
         raise ConfigError(
             f"metrics_listen must be host:port (port 0: any free one), or empty; not {address!r}"

@@ -9,7 +9,7 @@ from pathlib import Path
 import structlog
 from aiohttp import web
 
-from samepage.daemon.addresses import host_of
+from samepage.daemon.addresses import host_and_port
 from samepage.daemon.config import ConfigError
 from samepage.daemon.files import look
 from samepage.daemon.server import ListenError
@@ -50,11 +50,11 @@ class WebhookServer:
         Raises:
             ListenError: it cannot be served on.
         """
-        host, _, port = listen.rpartition(":")
+        host, port = host_and_port(listen)
         await self._runner.setup()
         site = web.TCPSite(
             self._runner,
-            host_of(listen),
+            host,
             int(port),
             ssl_context=self._context,
         )
@@ -62,7 +62,7 @@ class WebhookServer:
             await site.start()
         except OSError as error:
             raise ListenError(f"cannot listen on {listen}: {error.strerror}") from error
-        return f"{host}:{self._runner.addresses[0][1]}"
+        return f"{listen.rpartition(':')[0]}:{self._runner.addresses[0][1]}"
 
     async def follow_files(self) -> None:
         """Take new certificates for new connections, until cancelled."""

@@ -13,7 +13,7 @@ from collections.abc import Coroutine
 import structlog
 from google.protobuf.message import DecodeError
 
-from samepage.daemon.addresses import host_of
+from samepage.daemon.addresses import host_and_port
 from samepage.daemon.roles import refusal
 from samepage.daemon.server import ListenError
 from samepage.daemon.tls import Tls
@@ -131,11 +131,12 @@ class DataServer:
 
 
 async def _bind(listen: str) -> socket.socket:
+    host, port = host_and_port(listen)
     loop = asyncio.get_running_loop()
     family, _, _, _, address = (
         await loop.getaddrinfo(
-            host_of(listen),
-            int(listen.rpartition(":")[2]),
+            host,
+            int(port),
             type=socket.SOCK_STREAM,
             flags=socket.AI_PASSIVE,
         )

@@ -17,7 +17,7 @@ import grpc
 import structlog
 from google.protobuf.message import DecodeError
 
-from samepage.daemon.addresses import host_of
+from samepage.daemon.addresses import host_and_port
 from samepage.daemon.roles import Role
 from samepage.daemon.tls import Tls
 from samepage.v1 import pages_pb2, pages_pb2_grpc
@@ -163,7 +163,7 @@ class Streams:
             self._no_data_until = time.monotonic() + _REST_SECONDS
             if port == 0:
                 return None
-            host = host_of(address)
+            host, _ = host_and_port(address)
             try:
                 async with asyncio.timeout(_CONNECT_SECONDS):
                     connection = await self._connect(host, port)
